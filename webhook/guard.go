@@ -1,0 +1,93 @@
+// Package webhook is the admission side of eni-guard. A request goes one way through it: transport (server.go), facts
+// (removal.go), exemption (exemption.go), the agent's report (guard.go, agents.go), decision (decision.go), response
+// (response.go, message.go).
+package webhook
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/go-logr/logr"
+	"github.com/prometheus/client_golang/prometheus"
+	admissionv1 "k8s.io/api/admission/v1"
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/types"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	"github.com/eni-guard/eni-guard/internal/sandbox"
+)
+
+// asker asks the agent at a node's address; see agents.ask for the contract of its error.
+type asker interface {
+	ask(ctx context.Context, address string, query sandbox.Query) (sandbox.Report, error)
+}
+
+// Guard decides about removals of pods.
+type Guard struct {
+	nodes     client.Reader // of Node objects; a cache
+	agents    asker
+	decisions *prometheus.CounterVec
+}
+
+// review answers one admission request. An error means that the request cannot be judged, because it is not what the
+// API server sends for a DELETE of pods.
+func (g *Guard) review(ctx context.Context, log logr.Logger, request *admissionv1.AdmissionRequest) (*admissionv1.AdmissionResponse, error) {
+	r, err := removalOf(request)
+	if err != nil {
+		return nil, err
+	}
+	d := g.decide(ctx, r)
+	g.decisions.WithLabelValues(string(d.mode), string(d.outcome), string(d.verdict), string(r.path)).Inc()
+	log.Info("decision", "request", request.UID, "decision", d.outcome, "reason", d.reason, "verdict", d.verdict, "mode", d.mode,
+		"path", r.path, "dryRun", r.dryRun, "user", r.user, "namespace", r.pod.Namespace, "pod", r.pod.Name, "podUID", r.pod.UID,
+		"node", r.pod.Spec.NodeName, "podIPs", podIPs(r.pod), "evidence", evidenceWords(d))
+	return respond(r, d), nil
+}
+
+func (g *Guard) decide(ctx context.Context, r *removal) decision {
+	if reason, ok := exempt(r); ok {
+		return exemptDecision(reason)
+	}
+	e := evidence{containersTerminated: containersTerminated(r.pod)}
+	var node corev1.Node
+	err := g.nodes.Get(ctx, types.NamespacedName{Name: r.pod.Spec.NodeName}, &node)
+	switch {
+	case apierrors.IsNotFound(err):
+		e.nodeGone, e.failure = true, fmt.Sprintf("node %s does not exist", r.pod.Spec.NodeName)
+		return decide(e)
+	case err != nil:
+		e.failure = fmt.Sprintf("node %s could not be read: %v", r.pod.Spec.NodeName, err)
+		return decide(e)
+	}
+	e.nodeOutOfService = outOfService(&node)
+	address, err := internalAddress(&node)
+	if err == nil {
+		e.report, err = g.agents.ask(ctx, address, r.query())
+	}
+	if err != nil {
+		e.failure = fmt.Sprintf("the agent of node %s %v", node.Name, err)
+	}
+	return decide(e)
+}
+
+// outOfService says whether somebody has vouched that the node is shut down
+// (https://kubernetes.io/docs/concepts/cluster-administration/node-shutdown/#non-graceful-node-shutdown).
+func outOfService(node *corev1.Node) bool {
+	for _, taint := range node.Spec.Taints {
+		if taint.Key == corev1.TaintNodeOutOfService {
+			return true
+		}
+	}
+	return false
+}
+
+func internalAddress(node *corev1.Node) (string, error) {
+	for _, address := range node.Status.Addresses {
+		if address.Type == corev1.NodeInternalIP {
+			return address.Address, nil
+		}
+	}
+	return "", errors.New("cannot be reached: the node has no InternalIP")
+}
