@@ -1,0 +1,225 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/moby/sys/mountinfo"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+const (
+	hostStateFile   = runDir + "/host.json"
+	cgroupMount     = "/sys/fs/cgroup"
+	ipForwardSysctl = "/proc/sys/net/ipv4/ip_forward"
+	// vethPrefix starts the name of every host side of a pod's veth pair, as Terway names it.
+	vethPrefix = "cali"
+	// netnsPrefix starts the name of every network namespace that containerd makes for CNI.
+	netnsPrefix = "cni-"
+)
+
+// proxyTables are the nftables tables of kube-proxy in nftables mode.
+var proxyTables = [][]string{{"ip", "kube-proxy"}, {"ip6", "kube-proxy"}}
+
+// hostState remembers what the machine was like before the cluster, so that down can put it back and touches nothing
+// that was there before.
+type hostState struct {
+	Config struct {
+		Repo, Kubernetes, GCPeriod string
+		PoolSize                   int
+	}
+	IPForward    string
+	NetnsDirMade bool     // /run/netns did not exist
+	NetnsMounted bool     // /run/netns was bound on itself by up
+	Netns        []string // named namespaces before
+	Links        []string // network devices before
+}
+
+func readHostState() (*hostState, error) {
+	content, err := os.ReadFile(hostStateFile)
+	if err != nil {
+		return nil, err
+	}
+	var state hostState
+	if err := json.Unmarshal(content, &state); err != nil {
+		return nil, fmt.Errorf("%s: %w (remove the file after cleaning up by hand)", hostStateFile, err)
+	}
+	return &state, nil
+}
+
+// healthy says whether every daemon of the cluster runs and answers.
+func (s *hostState) healthy(ctx context.Context) bool {
+	cfg := config{repo: s.Config.Repo, kubernetes: s.Config.Kubernetes, poolSize: s.Config.PoolSize}
+	processes := markedProcesses()
+	for _, stage := range stages(cfg) {
+		for _, c := range stage {
+			runs := slices.ContainsFunc(processes, func(p process) bool { return p.argv0 == c.path })
+			if !runs || c.check(ctx) != nil {
+				return false
+			}
+		}
+	}
+	return true
+}
+
+// sameAs says whether the running cluster is the one that is asked for.
+func (s *hostState) sameAs(cfg config) error {
+	switch {
+	case s.Config.Repo != cfg.repo:
+		return fmt.Errorf("a cluster of another checkout is running (%s): `make cluster-down`, here or there, removes it", s.Config.Repo)
+	case s.Config.Kubernetes != cfg.kubernetes, s.Config.GCPeriod != cfg.gcPeriod.String(), s.Config.PoolSize != cfg.poolSize:
+		return fmt.Errorf("a cluster with other settings is running (Kubernetes v%s, GC period %s, pool of %d): run `make cluster-down` first",
+			s.Config.Kubernetes, s.Config.GCPeriod, s.Config.PoolSize)
+	}
+	say("Kubernetes v%s is up already; kubeconfig: %s", cfg.kubernetes, cfg.kubeconfig())
+	return nil
+}
+
+// prepareHost makes the directories, the bridge, the cgroups and the shared /run/netns that the daemons expect. What
+// was there before is written down first.
+func prepareHost(cfg config) error {
+	state := hostState{}
+	state.Config.Repo, state.Config.Kubernetes = cfg.repo, cfg.kubernetes
+	state.Config.GCPeriod, state.Config.PoolSize = cfg.gcPeriod.String(), cfg.poolSize
+
+	forward, err := os.ReadFile(ipForwardSysctl)
+	if err != nil {
+		return err
+	}
+	state.IPForward = strings.TrimSpace(string(forward))
+	names, err := os.ReadDir(netnsDir)
+	switch {
+	case errors.Is(err, os.ErrNotExist):
+		state.NetnsDirMade = true
+	case err != nil:
+		return err
+	}
+	for _, name := range names {
+		state.Netns = append(state.Netns, name.Name())
+	}
+	mounted, err := mountinfo.Mounted(netnsDir)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	state.NetnsMounted = !mounted
+	links, err := netlink.LinkList()
+	if err != nil {
+		return fmt.Errorf("listing network devices: %w", err)
+	}
+	for _, link := range links {
+		state.Links = append(state.Links, link.Attrs().Name)
+	}
+	for _, dir := range []string{runDir, dataDir, netnsDir} {
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return err
+		}
+	}
+	content, err := json.Marshal(state)
+	if err != nil {
+		return err
+	}
+	if err := os.WriteFile(hostStateFile, content, 0o644); err != nil {
+		return err
+	}
+
+	if err := shareMount(netnsDir, state.NetnsMounted); err != nil {
+		return err
+	}
+	if err := shareMount(runDir, true); err != nil {
+		return err
+	}
+	if err := os.WriteFile(ipForwardSysctl, []byte("1"), 0o644); err != nil {
+		return fmt.Errorf("allowing this machine to forward packets between pods: %w", err)
+	}
+	if err := makeBridge(); err != nil {
+		return err
+	}
+	return makeCgroups()
+}
+
+// shareMount makes a directory a shared mount: the kubelet's HostToContainer propagation is refused on any other, and /
+// is not one on every machine. bind says that it is no mount of its own yet.
+func shareMount(dir string, bind bool) error {
+	if bind {
+		if err := unix.Mount(dir, dir, "", unix.MS_BIND, ""); err != nil {
+			return fmt.Errorf("binding %s on itself: %w", dir, err)
+		}
+	}
+	if err := unix.Mount("", dir, "", unix.MS_SHARED|unix.MS_REC, ""); err != nil {
+		return fmt.Errorf("making %s a shared mount: %w", dir, err)
+	}
+	return nil
+}
+
+// makeBridge makes the device that carries the node's address, so that the cluster does not depend on the machine's
+// own network.
+func makeBridge() error {
+	bridge := &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: bridgeName}}
+	if err := netlink.LinkAdd(bridge); err != nil {
+		return fmt.Errorf("adding the bridge %s: %w", bridgeName, err)
+	}
+	addr, err := netlink.ParseAddr(nodeNet)
+	if err != nil {
+		return err
+	}
+	if err := netlink.AddrAdd(bridge, addr); err != nil {
+		return fmt.Errorf("adding %s to %s: %w", nodeNet, bridgeName, err)
+	}
+	return netlink.LinkSetUp(bridge)
+}
+
+// cgroupHierarchies returns the mount points of all cgroup hierarchies, and whether there is only the one of version 2.
+func cgroupHierarchies() (mounts []string, unified bool, err error) {
+	infos, err := mountinfo.GetMounts(func(m *mountinfo.Info) (skip, stop bool) {
+		return m.FSType != "cgroup" && m.FSType != "cgroup2", false
+	})
+	if err != nil {
+		return nil, false, err
+	}
+	for _, m := range infos {
+		mounts = append(mounts, m.Mountpoint)
+		unified = unified || m.FSType == "cgroup2" && m.Mountpoint == cgroupMount
+	}
+	return mounts, unified, nil
+}
+
+// makeCgroups makes the group that the kubelet gets as its root in every hierarchy with controllers.
+func makeCgroups() error {
+	mounts, unified, err := cgroupHierarchies()
+	if err != nil {
+		return err
+	}
+	if unified {
+		const controllers = "+cpu +cpuset +memory +pids"
+		if err := os.WriteFile(cgroupMount+"/cgroup.subtree_control", []byte(controllers), 0o644); err != nil {
+			return fmt.Errorf("enabling the cgroup controllers %s: %w", controllers, err)
+		}
+	}
+	for _, mount := range mounts {
+		dir := filepath.Join(mount, cgroupName)
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return fmt.Errorf("making the cgroup %s: %w", dir, err)
+		}
+		for _, file := range []string{"cpuset.cpus", "cpuset.mems"} {
+			// A cpuset of version 1 starts empty, and no process can enter it before it has both.
+			content, err := os.ReadFile(filepath.Join(mount, file))
+			if unified || errors.Is(err, os.ErrNotExist) {
+				continue
+			}
+			if err != nil {
+				return err
+			}
+			if err := os.WriteFile(filepath.Join(dir, file), content, 0o644); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
