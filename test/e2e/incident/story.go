@@ -1,0 +1,269 @@
+package incident
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+)
+
+// Story replays the incident and fails at the first thing that is not as told.
+type Story struct {
+	*Cluster
+	// Tell says one step in plain words.
+	Tell func(format string, args ...any)
+	// Show prints a command and what it printed.
+	Show func(command, output string)
+}
+
+// kubectl runs kubectl in a namespace and shows it.
+func (s *Story) kubectl(ctx context.Context, namespace string, args ...string) (string, error) {
+	args = append([]string{"-n", namespace}, args...)
+	out, err := s.Kubectl(ctx, args...)
+	s.Show("kubectl "+strings.Join(args, " "), out)
+	return out, err
+}
+
+// forceDelete is the command of the incident.
+func (s *Story) forceDelete(ctx context.Context, namespace, name string) (string, error) {
+	return s.kubectl(ctx, namespace, "delete", "pod", name, "--grace-period=0", "--force")
+}
+
+// stuckPod starts a pod, deletes it gracefully and waits until its process is in state D.
+func (s *Story) stuckPod(ctx context.Context, stuck *StuckFS, namespace, name string) (*corev1.Pod, Process, error) {
+	pod, err := s.Start(ctx, stuck.StuckPod(namespace, name))
+	if err != nil {
+		return nil, Process{}, err
+	}
+	process, err := AwaitProcess(ctx, pod, "cat", "SD")
+	if err != nil {
+		return nil, Process{}, err
+	}
+	s.Tell("Pod %s runs with address %s. Its process %d (%s) has run into a kernel bug: it waits in %s for an answer that never comes.",
+		name, pod.Status.PodIP, process.PID, process.Command, process.WaitingIn)
+	if _, err := s.kubectl(ctx, namespace, "delete", "pod", name, "--wait=false"); err != nil {
+		return nil, Process{}, err
+	}
+	if process, err = AwaitProcess(ctx, pod, "cat", "D"); err != nil {
+		return nil, Process{}, err
+	}
+	s.Tell("The kubelet has sent SIGKILL. Process %d is now in state D, no signal ends it, and the pod stays Terminating.", process.PID)
+	_, err = s.kubectl(ctx, namespace, "get", "pod", name, "-o", "wide")
+	return pod, process, err
+}
+
+// stillThere checks, from the kernel's side, that process and address are where they were.
+func (s *Story) stillThere(pod *corev1.Pod, process Process) error {
+	holds, err := HasAddress(process.PID, pod.Status.PodIP)
+	if err != nil || !holds {
+		return errors.Join(fmt.Errorf("process %d no longer has %s in its network namespace", process.PID, pod.Status.PodIP), err)
+	}
+	return nil
+}
+
+// WithoutGuard lets the incident happen, in a namespace that the guard leaves alone.
+func (s *Story) WithoutGuard(ctx context.Context) (err error) {
+	const namespace = "without-guard"
+	if err := s.RemoveNamespace(ctx, namespace); err != nil {
+		return err
+	}
+	if err := s.Namespace(ctx, namespace, map[string]string{"eni-guard.io/mode": "off"}); err != nil {
+		return err
+	}
+	stuck, err := s.StartStuckFS(ctx, namespace)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, stuck.Release()) }()
+
+	old, process, err := s.stuckPod(ctx, stuck, namespace, "payment-0")
+	if err != nil {
+		return err
+	}
+	s.Tell("Somebody loses patience.")
+	if _, err := s.forceDelete(ctx, namespace, old.Name); err != nil {
+		return fmt.Errorf("the force delete did not go through without the guard: %w", err)
+	}
+	if err := s.AwaitGone(ctx, old); err != nil {
+		return err
+	}
+	if err := s.stillThere(old, process); err != nil {
+		return err
+	}
+	s.Tell("The pod is gone from the API server. On the node nothing has happened: process %d is still there, and so is %s in its network namespace.",
+		process.PID, old.Status.PodIP)
+
+	s.Tell("The CNI's garbage collector compares its records with the API server, does not find the pod, and releases the address.")
+	err = Wait(ctx, 2*time.Minute, "the address to be released", func(ctx context.Context) error {
+		addresses, err := s.Addresses(ctx)
+		if err == nil && addresses.Next != old.Status.PodIP {
+			err = fmt.Errorf("%s is recorded for the pod, and %s is handed out next", addresses.Of(namespace, old.Name), addresses.Next)
+		}
+		return err
+	})
+	if err != nil {
+		return err
+	}
+
+	next := Pod(namespace, "payment-1", []string{"sleep", "86400"}, nil)
+	s.Tell("The next release starts pod %s on the same node. It is given %s.", next.Name, old.Status.PodIP)
+	if next, err = s.CoreV1().Pods(namespace).Create(ctx, next, metav1.CreateOptions{}); err != nil {
+		return err
+	}
+	failure, err := s.awaitSandboxFailure(ctx, next)
+	if err != nil {
+		return err
+	}
+	if !strings.Contains(failure, "address already in use") || !strings.Contains(failure, old.Status.PodIP) {
+		return fmt.Errorf("pod %s failed otherwise than in the incident: %s", next.Name, failure)
+	}
+	if _, err := s.kubectl(ctx, namespace, "get", "pod", next.Name, "-o", "wide"); err != nil {
+		return err
+	}
+	s.Show("kubectl -n "+namespace+" describe pod "+next.Name+" | grep FailedCreatePodSandBox", failure)
+	s.Tell("This is the incident: the release fails with an address that belongs to no pod of the cluster.")
+
+	if err := stuck.Release(); err != nil {
+		return err
+	}
+	s.Tell("(The process is let go now. The node cleans up, and pod %s starts after all.)", next.Name)
+	if _, err := s.AwaitStarted(ctx, namespace, next.Name); err != nil {
+		return err
+	}
+	return s.RemoveNamespace(ctx, namespace)
+}
+
+// awaitSandboxFailure waits for the event of the incident and returns its message.
+func (s *Story) awaitSandboxFailure(ctx context.Context, pod *corev1.Pod) (message string, err error) {
+	err = Wait(ctx, time.Minute, "an event FailedCreatePodSandBox of pod "+pod.Name, func(ctx context.Context) error {
+		events, err := s.CoreV1().Events(pod.Namespace).List(ctx, metav1.ListOptions{
+			FieldSelector: "reason=FailedCreatePodSandBox,involvedObject.uid=" + string(pod.UID),
+		})
+		if err != nil || len(events.Items) == 0 {
+			return errors.Join(errors.New("there is none"), err)
+		}
+		message = events.Items[0].Message
+		return nil
+	})
+	return message, err
+}
+
+// WithGuard tries the same where the guard watches, and shows that it cannot happen.
+func (s *Story) WithGuard(ctx context.Context) (err error) {
+	const namespace = "with-guard"
+	if err := s.RemoveNamespace(ctx, namespace); err != nil {
+		return err
+	}
+	if err := s.Namespace(ctx, namespace, nil); err != nil {
+		return err
+	}
+	stuck, err := s.StartStuckFS(ctx, namespace)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, stuck.Release()) }()
+
+	old, process, err := s.stuckPod(ctx, stuck, namespace, "payment-0")
+	if err != nil {
+		return err
+	}
+	s.Tell("Somebody loses patience again.")
+	refusal, err := s.forceDelete(ctx, namespace, old.Name)
+	if err == nil {
+		return errors.New("the force delete went through in spite of the guard")
+	}
+	for _, part := range []string{
+		`admission webhook "force-delete.eni-guard.io" denied the request`,
+		fmt.Sprintf("process %d (cat) is in state D", process.PID), "sandbox ", "address " + old.Status.PodIP + " still in use",
+	} {
+		if !strings.Contains(refusal, part) {
+			return fmt.Errorf("the refusal does not say %q", part)
+		}
+	}
+	if err := s.stillThere(old, process); err != nil {
+		return err
+	}
+	record, err := s.Refusal(ctx, old)
+	if err != nil {
+		return err
+	}
+	s.Tell("Refused, with what is still on the node. The audit log of the API server has it on record:")
+	s.Show("grep "+string(old.UID)+" .cluster/audit.log  # its annotations", record)
+
+	s.Tell("The garbage collector of the CNI passes, finds the pod in the API server, and leaves %s alone.", old.Status.PodIP)
+	if err := s.AwaitCollection(ctx); err != nil {
+		return err
+	}
+	if now, err := s.CoreV1().Pods(namespace).Get(ctx, old.Name, metav1.GetOptions{}); err != nil || now.UID != old.UID {
+		return errors.Join(errors.New("the refused pod is not in the API server any more"), err)
+	}
+	addresses, err := s.Addresses(ctx)
+	if err != nil {
+		return err
+	}
+	if addresses.Of(namespace, old.Name) != old.Status.PodIP {
+		return fmt.Errorf("address %s is not recorded for pod %s any more", old.Status.PodIP, old.Name)
+	}
+
+	next, err := s.Start(ctx, Pod(namespace, "payment-1", []string{"sleep", "86400"}, nil))
+	if err != nil {
+		return err
+	}
+	if next.Status.PodIP == old.Status.PodIP {
+		return fmt.Errorf("pod %s was given the address of the stuck pod", next.Name)
+	}
+	s.Tell("The next release starts on the same node, gets an address of its own and runs.")
+	if _, err := s.kubectl(ctx, namespace, "get", "pods", "-o", "wide"); err != nil {
+		return err
+	}
+
+	if err := stuck.Release(); err != nil {
+		return err
+	}
+	s.Tell("The cause is mended: process %d is let go.", process.PID)
+	if err := s.AwaitGone(ctx, old); err != nil {
+		return err
+	}
+	if err := s.awaitReleased(ctx, old); err != nil {
+		return err
+	}
+	s.Tell("The pod has ended by itself, and %s is back in the pool.", old.Status.PodIP)
+
+	if err := s.ReallyGone(ctx, namespace); err != nil {
+		return err
+	}
+	return s.RemoveNamespace(ctx, namespace)
+}
+
+// ReallyGone shows that a force delete of a pod that has nothing left on its node goes through.
+func (s *Story) ReallyGone(ctx context.Context, namespace string) error {
+	done, err := s.Start(ctx, Pod(namespace, "migration", []string{"true"}, func(pod *corev1.Pod) {
+		pod.Spec.RestartPolicy = corev1.RestartPolicyNever
+	}))
+	if err != nil {
+		return err
+	}
+	if err := s.awaitReleased(ctx, done); err != nil {
+		return err
+	}
+	s.Tell("Pod %s has run to its end, and nothing of it is left on the node. Its force delete goes through:", done.Name)
+	if _, err := s.forceDelete(ctx, namespace, done.Name); err != nil {
+		return fmt.Errorf("the force delete of a pod that is really gone was refused: %w", err)
+	}
+	return s.Gone(ctx, done)
+}
+
+// awaitReleased waits until the CNI has no address recorded for a pod.
+func (s *Story) awaitReleased(ctx context.Context, pod *corev1.Pod) error {
+	return Wait(ctx, time.Minute, "the address of pod "+pod.Name+" to be back in the pool", func(ctx context.Context) error {
+		addresses, err := s.Addresses(ctx)
+		if address := addresses.Of(pod.Namespace, pod.Name); err == nil && address != "" {
+			err = fmt.Errorf("%s is recorded for it", address)
+		}
+		return err
+	})
+}
