@@ -2,6 +2,7 @@ package webhook
 
 import (
 	"encoding/json"
+	"fmt"
 	"net/http"
 	"strings"
 
@@ -12,8 +13,8 @@ import (
 )
 
 const (
-	// maxEvidence and maxEvidenceLength bound what goes into the audit log and the log about one pod; a pod may have
-	// thousands of processes.
+	// maxEvidence and maxEvidenceLength bound what goes into a refusal, the audit log and the log about one pod; a pod
+	// may have thousands of processes.
 	maxEvidence       = 20
 	maxEvidenceLength = 2048
 	// collectionKeyPrefix starts the audit annotation of a pod of a collection delete. All pods of one share one audit
@@ -43,8 +44,12 @@ func refusal(r *removal, d decision) *metav1.Status {
 		Message: message(r, d),
 		Details: &metav1.StatusDetails{Name: r.pod.Name, Kind: "pods", UID: r.pod.UID},
 	}
-	for _, finding := range d.report.Findings {
+	listed := d.report.Findings[:min(len(d.report.Findings), maxEvidence)]
+	for _, finding := range listed {
 		status.Details.Causes = append(status.Details.Causes, metav1.StatusCause{Type: metav1.CauseType(finding.Kind), Message: finding.String()})
+	}
+	if more := len(d.report.Findings) - len(listed); more > 0 {
+		status.Details.Causes = append(status.Details.Causes, metav1.StatusCause{Message: fmt.Sprintf("%d more findings", more)})
 	}
 	for _, failure := range failures(d) {
 		status.Details.Causes = append(status.Details.Causes, metav1.StatusCause{Type: metav1.CauseType(ReasonProbeFailed), Message: failure})

@@ -3,6 +3,7 @@ package agent
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"sync"
 	"time"
@@ -51,19 +52,22 @@ func (i *Inspector) Inspect(ctx context.Context, query sandbox.Query) sandbox.Re
 	}
 	var processes []podProcess
 
+	// The namespaces are looked at last, by what the others found, and must have time left when one of those hangs.
+	first, cancel := firstTwoThirds(ctx)
+	defer cancel()
 	var both sync.WaitGroup
 	both.Go(func() {
-		known, runtimeErr = run(ctx, i.slots[sandbox.ProbeRuntime], func() (result struct {
+		known, runtimeErr = run(first, i.slots[sandbox.ProbeRuntime], func() (result struct {
 			sandboxes  []podSandbox
 			containers []podContainer
 		}, err error) {
-			result.sandboxes, result.containers, err = i.runtime.pod(ctx, query.UID)
+			result.sandboxes, result.containers, err = i.runtime.pod(first, query.UID)
 			return result, err
 		})
 	})
 	both.Go(func() {
-		processes, processErr = run(ctx, i.slots[sandbox.ProbeProcesses], func() ([]podProcess, error) {
-			return i.host.processes(ctx, query.UID)
+		processes, processErr = run(first, i.slots[sandbox.ProbeProcesses], func() ([]podProcess, error) {
+			return i.host.processes(first, query.UID)
 		})
 	})
 	both.Wait()
@@ -103,6 +107,9 @@ func run[T any](ctx context.Context, slots chan struct{}, probe func() (T, error
 	}
 	var none T
 	start := time.Now()
+	if ctx.Err() != nil {
+		return none, errors.New("no time was left")
+	}
 	select {
 	case slots <- struct{}{}:
 	case <-ctx.Done():
@@ -120,6 +127,15 @@ func run[T any](ctx context.Context, slots chan struct{}, probe func() (T, error
 	case <-ctx.Done():
 		return none, fmt.Errorf("no answer after %s", time.Since(start).Round(time.Millisecond))
 	}
+}
+
+// firstTwoThirds returns a context that ends when two thirds of the time of ctx have passed.
+func firstTwoThirds(ctx context.Context) (context.Context, context.CancelFunc) {
+	deadline, limited := ctx.Deadline()
+	if !limited {
+		return context.WithCancel(ctx)
+	}
+	return context.WithDeadline(ctx, deadline.Add(-time.Until(deadline)/3))
 }
 
 func text(err error) string {

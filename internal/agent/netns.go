@@ -91,7 +91,7 @@ func (h Host) namedNamespaces() (map[string]string, error) {
 	if err != nil {
 		return nil, fmt.Errorf("mount table: %w", err)
 	}
-	own, err := os.Readlink("/proc/self/ns/mnt")
+	own, err := os.Readlink("/proc/thread-self/ns/mnt")
 	if err != nil {
 		return nil, err
 	}

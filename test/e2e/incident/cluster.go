@@ -8,13 +8,15 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
+	"syscall"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -229,12 +231,13 @@ func Processes(pod *corev1.Pod) []Process {
 	return found
 }
 
-// AwaitProcess waits until a process of the pod runs command and is in one of states.
-func AwaitProcess(ctx context.Context, pod *corev1.Pod, command, states string) (Process, error) {
+// AwaitStuck waits until a process of the pod sleeps in a read that is never answered, in the given state: S before it is
+// killed, D after. (Any process is in state D for moments, such as when its program is read from disk.)
+func AwaitStuck(ctx context.Context, pod *corev1.Pod, state string) (Process, error) {
 	var process Process
-	err := Wait(ctx, time.Minute, fmt.Sprintf("process %s of pod %s to be in state %s", command, pod.Name, states), func(context.Context) error {
+	err := Wait(ctx, time.Minute, fmt.Sprintf("a process of pod %s to be stuck in state %s", pod.Name, state), func(context.Context) error {
 		processes := Processes(pod)
-		i := slices.IndexFunc(processes, func(p Process) bool { return p.Command == command && strings.Contains(states, p.State) })
+		i := slices.IndexFunc(processes, func(p Process) bool { return p.WaitingIn == "request_wait_answer" && p.State == state })
 		if i < 0 {
 			return fmt.Errorf("it has %+v", processes)
 		}
@@ -253,17 +256,15 @@ func HasAddress(pid int, address string) (bool, error) {
 
 // Addresses is what eni-sim, in Terway's place, believes.
 type Addresses struct {
-	Records []struct {
+	Pods []struct {
 		Pod, Address string
 	}
 	Next string // the address that is handed out next
-	// Collections counts the passes of its garbage collector.
-	Collections int
 }
 
 // Of returns the address recorded for a pod; empty when there is none.
 func (a Addresses) Of(namespace, name string) string {
-	for _, record := range a.Records {
+	for _, record := range a.Pods {
 		if record.Pod == namespace+"/"+name {
 			return record.Address
 		}
@@ -281,16 +282,20 @@ func (c *Cluster) Addresses(ctx context.Context) (Addresses, error) {
 	return addresses, json.Unmarshal(out, &addresses)
 }
 
-// AwaitCollection waits until the garbage collector has made a whole pass that began after now.
+// AwaitCollection waits until eni-sim's garbage collector has made a whole round that began after now.
 func (c *Cluster) AwaitCollection(ctx context.Context) error {
-	before, err := c.Addresses(ctx)
+	rounds := func() (int, error) {
+		log, err := os.ReadFile(filepath.Join(c.dir, "logs", "eni-sim-gc.log"))
+		return bytes.Count(log, []byte(`"msg":"collected"`)), err
+	}
+	before, err := rounds()
 	if err != nil {
 		return err
 	}
-	return Wait(ctx, time.Minute, "two passes of the garbage collector", func(ctx context.Context) error {
-		now, err := c.Addresses(ctx)
-		if err == nil && now.Collections < before.Collections+2 {
-			err = fmt.Errorf("%d so far", now.Collections-before.Collections)
+	return Wait(ctx, time.Minute, "two rounds of eni-sim's garbage collector", func(context.Context) error {
+		now, err := rounds()
+		if err == nil && now < before+2 {
+			err = fmt.Errorf("%d so far", now-before)
 		}
 		return err
 	})
@@ -301,7 +306,9 @@ func (c *Cluster) AwaitCollection(ctx context.Context) error {
 type StuckFS struct {
 	Dir   string
 	cmd   *exec.Cmd
-	stdin io.Closer
+	ended chan error
+	once  sync.Once
+	err   error
 }
 
 // StartStuckFS mounts such a file system. Release lets its readers go.
@@ -314,36 +321,54 @@ func (c *Cluster) StartStuckFS(ctx context.Context, name string) (*StuckFS, erro
 	cmd := exec.Command(c.Binary("stuckfs"), dir) //nolint:noctx // see above
 	cmd.Env = append(os.Environ(), clusterMark)
 	cmd.Stderr = os.Stderr
-	// stuckfs ends with its standard input: a test that dies takes its file system with it.
-	stdin, err := cmd.StdinPipe()
-	if err != nil {
-		return nil, err
-	}
+	// A test that dies takes its file system with it. The kernel sends the signal when the thread that started the
+	// child ends, so that thread has to wait for it.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGTERM}
 	ready, err := cmd.StdoutPipe()
 	if err != nil {
 		return nil, err
 	}
-	if err := cmd.Start(); err != nil {
+	s := &StuckFS{Dir: dir, cmd: cmd, ended: make(chan error, 1)}
+	started := make(chan error)
+	go func() {
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		err := cmd.Start()
+		started <- err
+		if err == nil {
+			state, err := cmd.Process.Wait()
+			if err == nil && !state.Success() {
+				err = fmt.Errorf("stuckfs: %s", state)
+			}
+			s.ended <- err
+		}
+	}()
+	if err := <-started; err != nil {
 		return nil, err
 	}
 	line := make([]byte, 256)
 	if n, err := ready.Read(line); err != nil || !strings.HasPrefix(string(line[:n]), "ready ") {
-		return nil, fmt.Errorf("stuckfs did not start (it printed %q): %w", line[:n], errors.Join(err, cmd.Process.Kill(), cmd.Wait()))
+		return nil, fmt.Errorf("stuckfs did not start (it printed %q): %w", line[:n], errors.Join(err, s.Release()))
 	}
-	return &StuckFS{Dir: dir, cmd: cmd, stdin: stdin}, ctx.Err()
+	return s, ctx.Err()
 }
 
 // Release lets every reader go and unmounts. It may be called again.
 func (s *StuckFS) Release() error {
-	if s.cmd.ProcessState != nil {
-		return nil
-	}
-	return errors.Join(s.stdin.Close(), s.cmd.Wait())
+	s.once.Do(func() {
+		if err := s.cmd.Process.Signal(syscall.SIGTERM); err != nil && !errors.Is(err, os.ErrProcessDone) {
+			s.err = err
+			return
+		}
+		s.err = <-s.ended
+	})
+	return s.err
 }
 
-// StuckPod is a pod whose only process reads the stuck file.
+// StuckPod is a pod whose only process reads the stuck file. (By read(2): busybox's cat would use sendfile, which goes
+// through the page cache, and a process that waits there can be killed.)
 func (s *StuckFS) StuckPod(namespace, name string) *corev1.Pod {
-	return Pod(namespace, name, []string{"cat", "/bug/data"}, func(pod *corev1.Pod) {
+	return Pod(namespace, name, []string{"dd", "if=/bug/data", "of=/dev/null"}, func(pod *corev1.Pod) {
 		directory := corev1.HostPathDirectory
 		pod.Spec.Volumes = []corev1.Volume{{Name: "bug", VolumeSource: corev1.VolumeSource{HostPath: &corev1.HostPathVolumeSource{Path: s.Dir, Type: &directory}}}}
 		pod.Spec.Containers[0].VolumeMounts = []corev1.VolumeMount{{Name: "bug", MountPath: "/bug", ReadOnly: true}}

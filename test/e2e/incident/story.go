@@ -39,7 +39,7 @@ func (s *Story) stuckPod(ctx context.Context, stuck *StuckFS, namespace, name st
 	if err != nil {
 		return nil, Process{}, err
 	}
-	process, err := AwaitProcess(ctx, pod, "cat", "SD")
+	process, err := AwaitStuck(ctx, pod, "S")
 	if err != nil {
 		return nil, Process{}, err
 	}
@@ -48,7 +48,7 @@ func (s *Story) stuckPod(ctx context.Context, stuck *StuckFS, namespace, name st
 	if _, err := s.kubectl(ctx, namespace, "delete", "pod", name, "--wait=false"); err != nil {
 		return nil, Process{}, err
 	}
-	if process, err = AwaitProcess(ctx, pod, "cat", "D"); err != nil {
+	if process, err = AwaitStuck(ctx, pod, "D"); err != nil {
 		return nil, Process{}, err
 	}
 	s.Tell("The kubelet has sent SIGKILL. Process %d is now in state D, no signal ends it, and the pod stays Terminating.", process.PID)
@@ -178,7 +178,7 @@ func (s *Story) WithGuard(ctx context.Context) (err error) {
 	}
 	for _, part := range []string{
 		`admission webhook "force-delete.eni-guard.io" denied the request`,
-		fmt.Sprintf("process %d (cat) is in state D", process.PID), "sandbox ", "address " + old.Status.PodIP + " still in use",
+		fmt.Sprintf("process %d (%s) is in state D", process.PID, process.Command), "sandbox ", "address " + old.Status.PodIP + " still in use",
 	} {
 		if !strings.Contains(refusal, part) {
 			return fmt.Errorf("the refusal does not say %q", part)

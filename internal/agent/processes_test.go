@@ -1,0 +1,213 @@
+package agent
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/eni-guard/eni-guard/internal/sandbox"
+)
+
+const (
+	podUID   = "8c3f5a52-0d3c-4d0e-9d3e-0123456789ab"
+	otherUID = "11111111-2222-3333-4444-555555555555"
+)
+
+// recordedHost is a node's /proc and cgroup tree in a temporary directory.
+type recordedHost struct {
+	Host
+	t *testing.T
+}
+
+func newRecordedHost(t *testing.T) recordedHost {
+	t.Helper()
+	h := recordedHost{Host{Proc: filepath.Join(t.TempDir(), "proc"), Cgroup: filepath.Join(t.TempDir(), "cgroup")}, t}
+	h.write(h.Proc, "stat", "cpu  0 0 0 0 0 0 0 0 0 0\nbtime 1700000000\n")
+	// The agent's own pod: every node has one.
+	h.group("kubepods/besteffort/pod" + otherUID + "/agent")
+	return h
+}
+
+func (h recordedHost) write(dir, file, content string) {
+	h.t.Helper()
+	path := filepath.Join(dir, file)
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		h.t.Fatal(err)
+	}
+	if err := os.WriteFile(path, []byte(content), 0o644); err != nil {
+		h.t.Fatal(err)
+	}
+}
+
+// group makes a cgroup with processes; the kernel gives every group above it a cgroup.procs too.
+func (h recordedHost) group(path string, pids ...int) {
+	h.t.Helper()
+	for dir := path; dir != "."; dir = filepath.Dir(dir) {
+		if _, err := os.Stat(filepath.Join(h.Cgroup, dir, "cgroup.procs")); err != nil {
+			h.write(h.Cgroup, filepath.Join(dir, "cgroup.procs"), "")
+		}
+	}
+	h.write(h.Cgroup, filepath.Join(path, "cgroup.procs"), strings.Trim(strings.ReplaceAll(fmt.Sprintln(pids), " ", "\n"), "[]\n")+"\n")
+}
+
+// thread records a thread that sleeps in wchan; its network namespace is netns, or cannot be told when that is empty.
+func (h recordedHost) thread(pid, tid int, command, state, wchan, netns string) {
+	h.t.Helper()
+	dir := fmt.Sprintf("%d/task/%d", pid, tid)
+	stat := fmt.Sprintf("%d (%s) %s 1 1 1 0 -1 0 0 0 0 0 0 0 0 0 20 0 1 0 250 0 0 18446744073709551615 0 0 0 0 0 0 0 0 0 0 0 0 17 0 0 0 0 0 0 0 0 0 0 0 0 0 0\n", tid, command, state)
+	h.write(h.Proc, dir+"/stat", stat)
+	h.write(h.Proc, dir+"/wchan", wchan)
+	if netns != "" {
+		h.symlink(dir+"/ns/net", netns)
+	}
+}
+
+// symlink records a link of /proc.
+func (h recordedHost) symlink(file, target string) {
+	h.t.Helper()
+	path := filepath.Join(h.Proc, file)
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		h.t.Fatal(err)
+	}
+	if err := os.Symlink(target, path); err != nil {
+		h.t.Fatal(err)
+	}
+}
+
+// started is what starttime 250 in USER_HZ means after the recorded boot time.
+var started = time.Unix(1700000002, 500_000_000).UTC()
+
+func TestProcesses(t *testing.T) {
+	for _, test := range []struct {
+		name   string
+		record func(h recordedHost)
+		want   []sandbox.Process
+	}{
+		{"no cgroup of the pod", func(recordedHost) {}, nil},
+		{"an empty cgroup of the pod", func(h recordedHost) { h.group("kubepods/pod" + podUID + "/c1") }, nil},
+		{"cgroup v1: in one hierarchy only", func(h recordedHost) {
+			h.group("memory/kubepods/burstable/pod"+podUID+"/c1", 42)
+			h.group("freezer/kubepods/burstable/pod" + podUID + "/c1")
+			h.thread(42, 42, "java", "S", "futex_wait_queue", "net:[7]")
+		}, []sandbox.Process{{PID: 42, Command: "java", State: "S", WaitChannel: "futex_wait_queue", Started: started}}},
+		{"cgroup v1: in several hierarchies, told once", func(h recordedHost) {
+			h.group("memory/kubepods/pod"+podUID+"/c1", 42)
+			h.group("pids/kubepods/pod"+podUID+"/c1", 42)
+			h.thread(42, 42, "java", "R", "0", "net:[7]")
+		}, []sandbox.Process{{PID: 42, Command: "java", State: "R", Started: started}}},
+		{"cgroup v2 with systemd's names", func(h recordedHost) {
+			h.group("kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-pod"+strings.ReplaceAll(podUID, "-", "_")+".slice/cri-containerd-c1.scope", 42)
+			h.thread(42, 42, "java", "S", "x", "net:[7]")
+		}, []sandbox.Process{{PID: 42, Command: "java", State: "S", WaitChannel: "x", Started: started}}},
+		{"below a kubelet's own cgroup root", func(h recordedHost) {
+			h.group("kubelet/kubepods/pod"+podUID, 42)
+			h.thread(42, 42, "java", "S", "x", "net:[7]")
+		}, []sandbox.Process{{PID: 42, Command: "java", State: "S", WaitChannel: "x", Started: started}}},
+		{"of another pod", func(h recordedHost) {
+			h.group("kubepods/pod"+otherUID+"/c1", 42)
+			h.thread(42, 42, "java", "S", "x", "net:[7]")
+		}, nil},
+		{"a thread in state D tells more than the leader", func(h recordedHost) {
+			h.group("kubepods/pod"+podUID+"/c1", 42)
+			h.thread(42, 42, "java", "S", "futex_wait_queue", "net:[7]")
+			h.thread(42, 43, "worker", "D", "request_wait_answer", "net:[7]")
+			h.thread(42, 44, "other", "S", "x", "net:[7]")
+		}, []sandbox.Process{{PID: 42, Command: "worker", State: "D", WaitChannel: "request_wait_answer", Started: started}}},
+		{"a dead leader with a thread that cannot die", func(h recordedHost) {
+			h.group("kubepods/pod"+podUID+"/c1", 42)
+			h.thread(42, 42, "java", "Z", "0", "")
+			h.thread(42, 43, "java", "D", "nfs_wait", "net:[7]")
+		}, []sandbox.Process{{PID: 42, Command: "java", State: "D", WaitChannel: "nfs_wait", Started: started}}},
+		{"a zombie has let go", func(h recordedHost) {
+			h.group("kubepods/pod"+podUID+"/c1", 42)
+			h.thread(42, 42, "java", "Z", "0", "")
+		}, nil},
+		{"gone between the cgroup and /proc", func(h recordedHost) { h.group("kubepods/pod"+podUID+"/c1", 42) }, nil},
+		{"a command with brackets and blanks", func(h recordedHost) {
+			h.group("kubepods/pod"+podUID+"/c1", 42)
+			h.thread(42, 42, "a) R (b", "D", "x", "net:[7]")
+		}, []sandbox.Process{{PID: 42, Command: "a) R (b", State: "D", WaitChannel: "x", Started: started}}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			h := newRecordedHost(t)
+			test.record(h)
+			found, err := h.processes(t.Context(), podUID)
+			if err != nil {
+				t.Fatal(err)
+			}
+			var got []sandbox.Process
+			for _, p := range found {
+				got = append(got, p.Process)
+				if p.netns != "net:[7]" {
+					t.Errorf("network namespace %q", p.netns)
+				}
+			}
+			if !reflect.DeepEqual(got, test.want) {
+				t.Errorf("got  %+v\nwant %+v", got, test.want)
+			}
+		})
+	}
+}
+
+// Finding nothing counts only where there is something to see.
+func TestProcessesOfWhatIsNotTheHost(t *testing.T) {
+	for _, test := range []struct {
+		name   string
+		record func(h recordedHost)
+		want   string
+	}{
+		{"no cgroup of any pod", func(h recordedHost) {
+			if err := os.RemoveAll(filepath.Join(h.Cgroup, "kubepods")); err != nil {
+				t.Fatal(err)
+			}
+			h.group("user.slice/session-1.scope", 42)
+		}, "this is not the node's cgroup hierarchy"},
+		{"no cgroups at all", func(h recordedHost) {
+			if err := os.RemoveAll(h.Cgroup); err != nil {
+				t.Fatal(err)
+			}
+		}, "no such file"},
+		{"another PID namespace", func(h recordedHost) { h.group("kubepods/pod"+podUID+"/c1", 0) }, "another PID namespace"},
+		{"no /proc", func(h recordedHost) {
+			if err := os.RemoveAll(h.Proc); err != nil {
+				t.Fatal(err)
+			}
+		}, "no such file"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			h := newRecordedHost(t)
+			test.record(h)
+			if _, err := h.processes(t.Context(), podUID); err == nil || !strings.Contains(err.Error(), test.want) {
+				t.Errorf("got %v, want an error with %q", err, test.want)
+			}
+		})
+	}
+}
+
+func TestPodCgroupNames(t *testing.T) {
+	static := "0a1b2c3d4e5f60718293a4b5c6d7e8f9"
+	for name, uid := range map[string]string{
+		"pod" + podUID:                     podUID,
+		"pod" + static:                     static,
+		"kubepods-pod" + static + ".slice": static,
+		"kubepods-burstable-pod" + strings.ReplaceAll(podUID, "-", "_") + ".slice": podUID,
+		"kubepods":            "",
+		"pods":                "",
+		"podman":              "",
+		"besteffort":          "",
+		"machine-pod1.slice":  "",
+		"pod" + podUID + "-x": "",
+	} {
+		got := ""
+		if match := podCgroup.FindStringSubmatch(name); match != nil {
+			got = strings.ReplaceAll(match[1], "_", "-")
+		}
+		if got != uid {
+			t.Errorf("%s: got %q, want %q", name, got, uid)
+		}
+	}
+}

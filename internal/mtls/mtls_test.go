@@ -1,0 +1,152 @@
+package mtls
+
+import (
+	"crypto/tls"
+	"io"
+	"log"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/eni-guard/eni-guard/internal/mtls/mtlstest"
+)
+
+// serve starts an agent's server and returns its URL; every request to it is answered.
+func serve(t *testing.T, dir Dir) string {
+	t.Helper()
+	server := httptest.NewUnstartedServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
+	server.TLS = dir.Server(WebhookName)
+	server.Config.ErrorLog = log.New(io.Discard, "", 0)
+	server.StartTLS()
+	t.Cleanup(server.Close)
+	return server.URL
+}
+
+// call makes one request over a new connection.
+func call(t *testing.T, dir Dir, url string) error {
+	t.Helper()
+	transport := &http.Transport{DialTLSContext: dir.Dialer(&net.Dialer{Timeout: 5 * time.Second}, AgentName)}
+	defer transport.CloseIdleConnections()
+	request, err := http.NewRequestWithContext(t.Context(), http.MethodGet, url, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	response, err := transport.RoundTrip(request)
+	if err != nil {
+		return err
+	}
+	return response.Body.Close()
+}
+
+func TestBothSidesMustShowTheirName(t *testing.T) {
+	ours, theirs := mtlstest.NewAuthority(t), mtlstest.NewAuthority(t)
+	for _, test := range []struct {
+		name           string
+		server, client func(dir string)
+		want           string // empty: the call succeeds
+	}{
+		{"agent and webhook", issue(t, ours, AgentName, time.Hour), issue(t, ours, WebhookName, time.Hour), ""},
+		{"an agent calls an agent", issue(t, ours, AgentName, time.Hour), issue(t, ours, AgentName, time.Hour), "certificate"},
+		{"a webhook poses as an agent", issue(t, ours, WebhookName, time.Hour), issue(t, ours, WebhookName, time.Hour), "not eni-guard-agent"},
+		{"a client of another authority", issue(t, ours, AgentName, time.Hour), func(dir string) {
+			theirs.Issue(t, dir, WebhookName, time.Hour)
+			trust(t, ours, dir)
+		}, "certificate"},
+		{"a server of another authority", issue(t, theirs, AgentName, time.Hour), issue(t, ours, WebhookName, time.Hour), "unknown authority"},
+		{"the client's certificate has expired", issue(t, ours, AgentName, time.Hour), issue(t, ours, WebhookName, -time.Minute), "certificate"},
+		{"the server's certificate has expired", issue(t, ours, AgentName, -time.Minute), issue(t, ours, WebhookName, time.Hour), "expired"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			server, client := t.TempDir(), t.TempDir()
+			test.server(server)
+			test.client(client)
+			err := call(t, Dir(client), serve(t, Dir(server)))
+			switch {
+			case test.want == "" && err != nil:
+				t.Errorf("refused: %v", err)
+			case test.want != "" && (err == nil || !strings.Contains(err.Error(), test.want)):
+				t.Errorf("got %v, want an error with %q", err, test.want)
+			}
+		})
+	}
+}
+
+func issue(t *testing.T, a *mtlstest.Authority, name string, life time.Duration) func(dir string) {
+	return func(dir string) { a.Issue(t, dir, name, life) }
+}
+
+// trust replaces the authority that a directory trusts.
+func trust(t *testing.T, a *mtlstest.Authority, dir string) {
+	other := t.TempDir()
+	a.Issue(t, other, "unused", time.Hour)
+	if err := os.Rename(filepath.Join(other, authorityFile), filepath.Join(dir, authorityFile)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestACallerWithoutACertificateGetsNothing(t *testing.T) {
+	dir := t.TempDir()
+	mtlstest.NewAuthority(t).Issue(t, dir, AgentName, time.Hour)
+	client := &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}}} //nolint:gosec // the caller is the one under test
+	request, err := http.NewRequestWithContext(t.Context(), http.MethodGet, serve(t, Dir(dir)), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	response, err := client.Do(request)
+	if err == nil {
+		response.Body.Close()
+		t.Fatalf("answered %s", response.Status)
+	}
+	if !strings.Contains(err.Error(), "certificate required") {
+		t.Errorf("got %v", err)
+	}
+}
+
+func TestReplacedFilesAreInForceAtTheNextHandshake(t *testing.T) {
+	server, client := t.TempDir(), t.TempDir()
+	first, second := mtlstest.NewAuthority(t), mtlstest.NewAuthority(t)
+	first.Issue(t, server, AgentName, time.Hour)
+	first.Issue(t, client, WebhookName, time.Hour)
+	url := serve(t, Dir(server))
+	if err := call(t, Dir(client), url); err != nil {
+		t.Fatal(err)
+	}
+	second.Issue(t, server, AgentName, time.Hour)
+	if err := call(t, Dir(client), url); err == nil {
+		t.Error("the server still uses its old certificate, or trusts the old authority")
+	}
+	second.Issue(t, client, WebhookName, time.Hour)
+	if err := call(t, Dir(client), url); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestCheckNamesWhatIsWrong(t *testing.T) {
+	for _, test := range []struct {
+		file, content, want string
+	}{
+		{certificateFile, "", "certificate in "},
+		{keyFile, "no key", "certificate in "},
+		{authorityFile, "no certificate", "ca.crt holds no PEM certificate"},
+	} {
+		dir := t.TempDir()
+		mtlstest.NewAuthority(t).Issue(t, dir, AgentName, time.Hour)
+		if err := Dir(dir).Check(); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(dir, test.file), []byte(test.content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := Dir(dir).Check(); err == nil || !strings.Contains(err.Error(), test.want) {
+			t.Errorf("%s: got %v, want an error with %q", test.file, err, test.want)
+		}
+	}
+	if err := Dir(t.TempDir()).Check(); err == nil || !strings.Contains(err.Error(), "no such file") {
+		t.Errorf("an empty directory: %v", err)
+	}
+}

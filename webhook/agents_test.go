@@ -1,0 +1,153 @@
+package webhook
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"log"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/eni-guard/eni-guard/internal/agent"
+	"github.com/eni-guard/eni-guard/internal/mtls"
+	"github.com/eni-guard/eni-guard/internal/mtls/mtlstest"
+	"github.com/eni-guard/eni-guard/internal/sandbox"
+)
+
+// startAgent serves handler as an agent does, and returns a client for it and its address.
+func startAgent(t *testing.T, timeout time.Duration, handler http.HandlerFunc) (*agents, string, *atomic.Int32) {
+	t.Helper()
+	authority := mtlstest.NewAuthority(t)
+	serverDir, clientDir := t.TempDir(), t.TempDir()
+	authority.Issue(t, serverDir, mtls.AgentName, time.Hour)
+	authority.Issue(t, clientDir, mtls.WebhookName, time.Hour)
+	server := httptest.NewUnstartedServer(handler)
+	server.TLS = mtls.Dir(serverDir).Server(mtls.WebhookName)
+	server.Config.ErrorLog = log.New(io.Discard, "", 0)
+	var connections atomic.Int32
+	server.Config.ConnState = func(_ net.Conn, state http.ConnState) {
+		if state == http.StateNew {
+			connections.Add(1)
+		}
+	}
+	server.StartTLS()
+	t.Cleanup(server.Close)
+	target, err := url.Parse(server.URL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a := newAgents(target.Port(), timeout, mtls.Dir(clientDir))
+	t.Cleanup(a.http.CloseIdleConnections)
+	return a, target.Hostname(), &connections
+}
+
+var webQuery = (&removal{pod: runningPod()}).query()
+
+func TestAskReadsTheReport(t *testing.T) {
+	a, address, connections := startAgent(t, 5*time.Second, func(w http.ResponseWriter, r *http.Request) {
+		var query sandbox.Query
+		if err := json.NewDecoder(r.Body).Decode(&query); err != nil || query.UID != webQuery.UID || r.URL.Path != agent.InspectPath || r.Method != http.MethodPost {
+			t.Errorf("asked %s %s for %+v (%v)", r.Method, r.URL, query, err)
+		}
+		if timeout, err := time.ParseDuration(r.URL.Query().Get("timeout")); err != nil || timeout <= 0 || timeout > 4500*time.Millisecond {
+			t.Errorf("the agent may look for %s (%v)", timeout, err)
+		}
+		_ = json.NewEncoder(w).Encode(allProbes(stuck()...))
+	})
+	for range 3 {
+		report, err := a.ask(t.Context(), address, webQuery)
+		if err != nil || report.Verdict() != sandbox.Bound || len(report.Findings) != len(stuck()) {
+			t.Fatalf("got %+v, %v", report, err)
+		}
+	}
+	if n := connections.Load(); n != 1 {
+		t.Errorf("%d connections for 3 questions", n)
+	}
+}
+
+func TestAskWithoutAUsableAnswer(t *testing.T) {
+	for _, test := range []struct {
+		name    string
+		handler http.HandlerFunc
+		want    string
+	}{
+		{"refused", func(w http.ResponseWriter, _ *http.Request) {
+			w.WriteHeader(http.StatusMisdirectedRequest)
+			fmt.Fprint(w, `{"error":"this is the agent of node \"node-b\""}`)
+		}, `answered: this is the agent of node "node-b"`},
+		{"an error page", func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "oops", http.StatusBadGateway) }, "answered 502 Bad Gateway"},
+		{"a redirect", func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "/elsewhere", http.StatusFound) }, "answered 302 Found"},
+		{"not JSON", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, "fine!") }, "gave an answer that cannot be read"},
+		{"cut off", func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Content-Length", "1000")
+			fmt.Fprint(w, `{"node":`)
+		}, "unexpected EOF"},
+		{"about another pod", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, `{"node":"node-a","uid":"other"}`) }, `answered for pod UID "other"`},
+		{"of another node", func(w http.ResponseWriter, _ *http.Request) {
+			report := allProbes()
+			report.Node = "node-b"
+			_ = json.NewEncoder(w).Encode(report)
+		}, `on node "node-b"`},
+		{"an empty object", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, `{}`) }, `answered for pod UID ""`},
+		{"endless", func(w http.ResponseWriter, _ *http.Request) {
+			for range 2 << 10 {
+				if _, err := w.Write(make([]byte, 1<<10)); err != nil {
+					return
+				}
+			}
+		}, "gave an answer that cannot be read"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			a, address, _ := startAgent(t, 5*time.Second, test.handler)
+			report, err := a.ask(t.Context(), address, webQuery)
+			if err == nil || !strings.Contains(err.Error(), test.want) {
+				t.Errorf("got %v, want an error with %q", err, test.want)
+			}
+			if report.Verdict() != sandbox.Unknown {
+				t.Errorf("verdict %s", report.Verdict())
+			}
+		})
+	}
+}
+
+func TestAskASilentAgent(t *testing.T) {
+	released := make(chan struct{})
+	var once sync.Once
+	a, address, _ := startAgent(t, time.Second, func(_ http.ResponseWriter, r *http.Request) {
+		select {
+		case <-released:
+		case <-r.Context().Done():
+		}
+	})
+	t.Cleanup(func() { once.Do(func() { close(released) }) })
+	_, err := a.ask(t.Context(), address, webQuery)
+	if err == nil || !strings.HasPrefix(err.Error(), "did not answer within 1") {
+		t.Errorf("got %v", err)
+	}
+}
+
+func TestAskWhereNobodyListens(t *testing.T) {
+	a, address, _ := startAgent(t, time.Second, nil)
+	listener, err := (&net.ListenConfig{}).Listen(t.Context(), "tcp", net.JoinHostPort(address, "0"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, a.port, err = net.SplitHostPort(listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := listener.Close(); err != nil {
+		t.Fatal(err)
+	}
+	_, err = a.ask(t.Context(), address, webQuery)
+	if want := "does not run: nothing listens at " + net.JoinHostPort(address, a.port); err == nil || err.Error() != want {
+		t.Errorf("got %v, want %s", err, want)
+	}
+}

@@ -1,0 +1,185 @@
+package webhook
+
+import (
+	"encoding/json"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	admissionv1 "k8s.io/api/admission/v1"
+	authenticationv1 "k8s.io/api/authentication/v1"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+)
+
+// runningPod is a pod as most are: scheduled, running, with an address.
+func runningPod(change ...func(*corev1.Pod)) *corev1.Pod {
+	grace := int64(30)
+	pod := &corev1.Pod{
+		ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "web-0", UID: "0e0d5ce6-6a6c-4c5b-9f6c-111111111111"},
+		Spec: corev1.PodSpec{
+			NodeName: "node-a", TerminationGracePeriodSeconds: &grace, Containers: []corev1.Container{{Name: "app"}},
+		},
+		Status: corev1.PodStatus{Phase: corev1.PodRunning, PodIP: "10.1.2.3", PodIPs: []corev1.PodIP{{IP: "10.1.2.3"}, {IP: "fd00::3"}}},
+	}
+	for _, f := range change {
+		f(pod)
+	}
+	return pod
+}
+
+func terminating(grace *int64) func(*corev1.Pod) {
+	return func(pod *corev1.Pod) {
+		now := metav1.NewTime(time.Unix(1700000000, 0))
+		pod.DeletionTimestamp, pod.DeletionGracePeriodSeconds = &now, grace
+	}
+}
+
+func phase(phase corev1.PodPhase) func(*corev1.Pod) {
+	return func(pod *corev1.Pod) { pod.Status.Phase = phase }
+}
+
+func ownGrace(grace *int64) func(*corev1.Pod) {
+	return func(pod *corev1.Pod) { pod.Spec.TerminationGracePeriodSeconds = grace }
+}
+
+func unscheduled(pod *corev1.Pod) { pod.Spec.NodeName = "" }
+
+func TestRemovesNow(t *testing.T) {
+	for _, test := range []struct {
+		name string
+		pod  *corev1.Pod
+		ask  *int64
+		want bool
+	}{
+		{"a running pod, no grace period asked for", runningPod(), nil, false},
+		{"a running pod, 30 asked for", runningPod(), new(int64(30)), false},
+		{"a running pod, 1 asked for, as by kubectl --now", runningPod(), new(int64(1)), false},
+		{"a running pod, a negative period counts as 1", runningPod(), new(int64(-1)), false},
+		{"a running pod, 0 asked for", runningPod(), new(int64(0)), true},
+		{"its own period is 0, none asked for", runningPod(ownGrace(new(int64(0)))), nil, true},
+		{"its own period is 0, 30 asked for", runningPod(ownGrace(new(int64(0)))), new(int64(30)), false},
+		{"its own period is negative, none asked for", runningPod(ownGrace(new(int64(-5)))), nil, false},
+		{"its own period is unset, none asked for", runningPod(ownGrace(nil)), nil, true},
+		{"failed, 30 asked for", runningPod(phase(corev1.PodFailed)), new(int64(30)), true},
+		{"succeeded, none asked for", runningPod(phase(corev1.PodSucceeded)), nil, true},
+		{"of unknown phase, none asked for", runningPod(phase(corev1.PodUnknown)), nil, false},
+		{"without a node, 30 asked for", runningPod(unscheduled), new(int64(30)), true},
+		{"terminating with 30, none asked for", runningPod(terminating(new(int64(30)))), nil, false},
+		{"terminating with 30, 10 asked for", runningPod(terminating(new(int64(30)))), new(int64(10)), false},
+		{"terminating with 30, a negative period asked for", runningPod(terminating(new(int64(30)))), new(int64(-1)), false},
+		{"terminating with 30, 0 asked for", runningPod(terminating(new(int64(30)))), new(int64(0)), true},
+		{"terminating with 30 and failed, none asked for", runningPod(terminating(new(int64(30))), phase(corev1.PodFailed)), nil, false},
+		{"terminating with 30 and its own period 0, none asked for", runningPod(terminating(new(int64(30))), ownGrace(new(int64(0)))), nil, false},
+		{"marked with 0, none asked for", runningPod(terminating(new(int64(0)))), nil, true},
+		{"marked with 0, 30 asked for", runningPod(terminating(new(int64(0)))), new(int64(30)), true},
+		{"marked without a period, 30 asked for", runningPod(terminating(nil)), new(int64(30)), true},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			if got := removesNow(test.pod, test.ask); got != test.want {
+				t.Errorf("got %v, want %v", got, test.want)
+			}
+		})
+	}
+}
+
+// deleteRequest is what the API server sends for DELETE of a pod.
+func deleteRequest(t *testing.T, pod *corev1.Pod, grace *int64) *admissionv1.AdmissionRequest {
+	t.Helper()
+	object, err := json.Marshal(pod)
+	if err != nil {
+		t.Fatal(err)
+	}
+	options, err := json.Marshal(metav1.DeleteOptions{GracePeriodSeconds: grace})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &admissionv1.AdmissionRequest{
+		UID:       "705ab4f5-6393-11e8-b7cc-42010a800002",
+		Operation: admissionv1.Delete,
+		Resource:  metav1.GroupVersionResource{Version: "v1", Resource: "pods"},
+		Namespace: pod.Namespace,
+		Name:      pod.Name,
+		UserInfo:  authenticationv1.UserInfo{Username: "alice", Groups: []string{"system:authenticated"}},
+		OldObject: runtime.RawExtension{Raw: object},
+		Options:   runtime.RawExtension{Raw: options},
+	}
+}
+
+func TestRemovalOf(t *testing.T) {
+	request := deleteRequest(t, runningPod(), new(int64(0)))
+	request.DryRun = new(true)
+	r, err := removalOf(request)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r.path != PathDelete || !r.dryRun || r.user != "alice" || r.pod.Name != "web-0" || r.grace == nil || *r.grace != 0 {
+		t.Errorf("got %+v", r)
+	}
+	if got := fmt.Sprint(r.query()); got != "{node-a shop web-0 0e0d5ce6-6a6c-4c5b-9f6c-111111111111 [10.1.2.3 fd00::3]}" {
+		t.Errorf("query %s", got)
+	}
+	request.Name = ""
+	if r, err = removalOf(request); err != nil || r.path != PathCollection || r.pod.Name != "web-0" {
+		t.Errorf("a collection delete: got %+v, %v", r, err)
+	}
+}
+
+func TestRemovalOfIncompleteRequests(t *testing.T) {
+	for _, test := range []struct {
+		name   string
+		change func(*admissionv1.AdmissionRequest)
+		want   string
+	}{
+		{"another operation", func(r *admissionv1.AdmissionRequest) { r.Operation = admissionv1.Create }, `operation "CREATE" is not DELETE`},
+		{"another resource", func(r *admissionv1.AdmissionRequest) { r.Resource.Resource = "nodes" }, `resource "nodes"`},
+		{"a subresource", func(r *admissionv1.AdmissionRequest) { r.SubResource = "eviction" }, `subresource "eviction" is not pods`},
+		{"no old object", func(r *admissionv1.AdmissionRequest) { r.OldObject.Raw = nil }, "oldObject is missing"},
+		{"an old object that is no JSON", func(r *admissionv1.AdmissionRequest) { r.OldObject.Raw = []byte("{") }, "oldObject is not a pod"},
+		{"an old object of another shape", func(r *admissionv1.AdmissionRequest) { r.OldObject.Raw = []byte(`{"spec":7}`) }, "oldObject is not a pod"},
+		{"an old object without identity", func(r *admissionv1.AdmissionRequest) { r.OldObject.Raw = []byte(`{}`) }, "without a name, a namespace or a UID"},
+		{"options of another shape", func(r *admissionv1.AdmissionRequest) { r.Options.Raw = []byte(`{"gracePeriodSeconds":"x"}`) }, "options are not DeleteOptions"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			request := deleteRequest(t, runningPod(), nil)
+			test.change(request)
+			if _, err := removalOf(request); err == nil || !strings.Contains(err.Error(), test.want) {
+				t.Errorf("got error %v, want one with %q", err, test.want)
+			}
+		})
+	}
+}
+
+func TestContainersTerminated(t *testing.T) {
+	ended := corev1.ContainerStatus{State: corev1.ContainerState{Terminated: &corev1.ContainerStateTerminated{}}}
+	running := corev1.ContainerStatus{State: corev1.ContainerState{Running: &corev1.ContainerStateRunning{}}}
+	for _, test := range []struct {
+		name     string
+		statuses []corev1.ContainerStatus
+		init     []corev1.ContainerStatus
+		phase    corev1.PodPhase
+		want     bool
+	}{
+		{"all ended", []corev1.ContainerStatus{ended, ended}, []corev1.ContainerStatus{ended}, corev1.PodSucceeded, true},
+		{"one runs", []corev1.ContainerStatus{ended, running}, []corev1.ContainerStatus{ended}, corev1.PodFailed, false},
+		{"one is not reported", []corev1.ContainerStatus{ended}, []corev1.ContainerStatus{ended}, corev1.PodFailed, false},
+		{"one is reported without a state", []corev1.ContainerStatus{ended, {}}, []corev1.ContainerStatus{ended}, corev1.PodFailed, false},
+		{"an init container that stays, as a sidecar, runs", []corev1.ContainerStatus{ended, ended}, []corev1.ContainerStatus{running}, corev1.PodFailed, false},
+		{"the phase alone says nothing", nil, nil, corev1.PodFailed, false},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			pod := runningPod(phase(test.phase))
+			pod.Spec.Containers = make([]corev1.Container, 2)
+			pod.Spec.InitContainers = make([]corev1.Container, 1)
+			pod.Status.ContainerStatuses, pod.Status.InitContainerStatuses = test.statuses, test.init
+			if got := containersTerminated(pod); got != test.want {
+				t.Errorf("got %v, want %v", got, test.want)
+			}
+		})
+	}
+	if containersTerminated(&corev1.Pod{}) {
+		t.Error("a pod without containers counts as terminated")
+	}
+}

@@ -1,0 +1,219 @@
+package webhook
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/go-logr/logr"
+	"github.com/go-logr/logr/funcr"
+	"github.com/prometheus/client_golang/prometheus"
+	admissionv1 "k8s.io/api/admission/v1"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/client/fake"
+
+	"github.com/eni-guard/eni-guard/internal/sandbox"
+)
+
+// askFunc is an agent of one function.
+type askFunc func(ctx context.Context, address string, query sandbox.Query) (sandbox.Report, error)
+
+func (f askFunc) ask(ctx context.Context, address string, query sandbox.Query) (sandbox.Report, error) {
+	return f(ctx, address, query)
+}
+
+func nodeA(change ...func(*corev1.Node)) *corev1.Node {
+	node := &corev1.Node{
+		ObjectMeta: metav1.ObjectMeta{Name: "node-a"},
+		Status: corev1.NodeStatus{Addresses: []corev1.NodeAddress{
+			{Type: corev1.NodeHostName, Address: "node-a"}, {Type: corev1.NodeInternalIP, Address: "192.0.2.7"},
+		}},
+	}
+	for _, f := range change {
+		f(node)
+	}
+	return node
+}
+
+func newGuard(agent askFunc, nodes ...client.Object) *Guard {
+	return &Guard{
+		nodes:     fake.NewClientBuilder().WithObjects(nodes...).Build(),
+		agents:    agent,
+		decisions: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "test"}, []string{"mode", "decision", "verdict", "path"}),
+	}
+}
+
+func finds(findings ...sandbox.Finding) askFunc {
+	return func(context.Context, string, sandbox.Query) (sandbox.Report, error) { return allProbes(findings...), nil }
+}
+
+// post sends body to the guard and returns the HTTP response and what was logged.
+func post(t *testing.T, g *Guard, target, contentType, body string) (*httptest.ResponseRecorder, []string) {
+	t.Helper()
+	var lines []string
+	log := funcr.New(func(_, args string) { lines = append(lines, args) }, funcr.Options{})
+	request := httptest.NewRequestWithContext(t.Context(), http.MethodPost, target, strings.NewReader(body))
+	request.Header.Set("Content-Type", contentType)
+	recorder := httptest.NewRecorder()
+	g.Handler(log).ServeHTTP(recorder, request)
+	return recorder, lines
+}
+
+func reviewBody(t *testing.T, request *admissionv1.AdmissionRequest) string {
+	t.Helper()
+	body, err := json.Marshal(admissionv1.AdmissionReview{
+		TypeMeta: metav1.TypeMeta{APIVersion: "admission.k8s.io/v1", Kind: "AdmissionReview"}, Request: request,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(body)
+}
+
+func TestMalformedReviews(t *testing.T) {
+	never := newGuard(func(context.Context, string, sandbox.Query) (sandbox.Report, error) {
+		t.Error("an agent was asked")
+		return sandbox.Report{}, errors.New("unexpected")
+	}, nodeA())
+	for _, test := range []struct {
+		name, contentType, body string
+		status                  int
+		want                    string
+	}{
+		{"empty", "application/json", "", 400, "the body is not an AdmissionReview"},
+		{"not JSON", "application/json", "<xml/>", 400, "the body is not an AdmissionReview"},
+		{"a list", "application/json", "[]", 400, "the body is not an AdmissionReview"},
+		{"another kind", "application/json", `{"kind":"Pod","apiVersion":"v1"}`, 400, `the body is "Pod" of "v1"`},
+		{"an older version", "application/json", `{"kind":"AdmissionReview","apiVersion":"admission.k8s.io/v1beta1","request":{"uid":"u"}}`, 400, `v1beta1`},
+		{"no request", "application/json", `{"kind":"AdmissionReview","apiVersion":"admission.k8s.io/v1"}`, 400, "has no request"},
+		{"no UID", "application/json", `{"kind":"AdmissionReview","apiVersion":"admission.k8s.io/v1","request":{}}`, 400, "has no UID"},
+		{"another content type", "text/plain", "{}", 415, `content type "text/plain" is not application/json`},
+		{"too large", "application/json", `"` + strings.Repeat("x", 8<<20) + `"`, 413, "larger than 8388608 bytes"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			response, lines := post(t, never, ReviewPath, test.contentType, test.body)
+			if response.Code != test.status || !strings.Contains(response.Body.String(), test.want) {
+				t.Errorf("got %d %q, want %d with %q", response.Code, response.Body, test.status, test.want)
+			}
+			if len(lines) != 1 || !strings.Contains(lines[0], "refused a request that is not an AdmissionReview") {
+				t.Errorf("logged %q", lines)
+			}
+		})
+	}
+}
+
+func TestMethodMustBePost(t *testing.T) {
+	recorder := httptest.NewRecorder()
+	newGuard(nil).Handler(logr.Discard()).ServeHTTP(recorder, httptest.NewRequestWithContext(t.Context(), http.MethodGet, ReviewPath, nil))
+	if recorder.Code != http.StatusMethodNotAllowed {
+		t.Errorf("got %d", recorder.Code)
+	}
+}
+
+func TestReviews(t *testing.T) {
+	silent := func(context.Context, string, sandbox.Query) (sandbox.Report, error) {
+		return sandbox.Report{}, errors.New("did not answer within 5s at 192.0.2.7:9807")
+	}
+	outOfServiceTaint := func(n *corev1.Node) { n.Spec.Taints = []corev1.Taint{{Key: "node.kubernetes.io/out-of-service"}} }
+	for _, test := range []struct {
+		name     string
+		guard    *Guard
+		pod      *corev1.Pod
+		grace    *int64
+		allowed  bool
+		decision string
+		reason   Reason
+		code     int32
+	}{
+		{"bound", newGuard(finds(stuck()...), nodeA()), runningPod(), new(int64(0)), false, "denied", ReasonBound, 409},
+		{"released", newGuard(finds(), nodeA()), runningPod(), new(int64(0)), true, "allowed", ReasonReleased, 0},
+		{"graceful", newGuard(nil, nodeA()), runningPod(), new(int64(30)), true, "exempt", ReasonNotForced, 0},
+		{"no answer", newGuard(silent, nodeA()), runningPod(), new(int64(0)), false, "denied", ReasonNoAnswer, 409},
+		{"the node is gone", newGuard(nil), runningPod(), new(int64(0)), true, "allowed", ReasonNodeGone, 0},
+		{"no answer, out of service", newGuard(silent, nodeA(outOfServiceTaint)), runningPod(), new(int64(0)), true, "allowed", ReasonNodeOutOfService, 0},
+		{"out of service, but still bound", newGuard(finds(stuck()...), nodeA(outOfServiceTaint)), runningPod(), new(int64(0)), false, "denied", ReasonBound, 409},
+		{"the node has no address", newGuard(nil, nodeA(func(n *corev1.Node) { n.Status.Addresses = nil })), runningPod(), new(int64(0)), false, "denied", ReasonNoAnswer, 409},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			response, lines := post(t, test.guard, ReviewPath+"?timeout=10s", "application/json; charset=utf-8", reviewBody(t, deleteRequest(t, test.pod, test.grace)))
+			var review admissionv1.AdmissionReview
+			if err := json.Unmarshal(response.Body.Bytes(), &review); err != nil || response.Code != 200 || review.Response == nil {
+				t.Fatalf("got %d %q (%v)", response.Code, response.Body, err)
+			}
+			r := review.Response
+			if review.Kind != "AdmissionReview" || review.APIVersion != "admission.k8s.io/v1" || r.UID != "705ab4f5-6393-11e8-b7cc-42010a800002" {
+				t.Errorf("got kind %q, version %q, UID %q", review.Kind, review.APIVersion, r.UID)
+			}
+			if r.Allowed != test.allowed || r.AuditAnnotations["decision"] != test.decision || r.AuditAnnotations["reason"] != string(test.reason) {
+				t.Errorf("got allowed %v, %v", r.Allowed, r.AuditAnnotations)
+			}
+			if !test.allowed && r.Result.Code != test.code {
+				t.Errorf("code %d, want %d", r.Result.Code, test.code)
+			}
+			if len(lines) != 1 || !strings.Contains(lines[0], `"decision"="`+test.decision+`"`) || !strings.Contains(lines[0], `"pod"="web-0"`) {
+				t.Errorf("logged %q", lines)
+			}
+		})
+	}
+}
+
+// A request that is a sound AdmissionReview, but not one this webhook is made for, is answered with its UID: anything
+// else would look to the API server like a webhook that is down.
+func TestReviewsOfOtherThings(t *testing.T) {
+	request := deleteRequest(t, runningPod(), nil)
+	request.OldObject.Raw = nil
+	response, lines := post(t, newGuard(nil, nodeA()), ReviewPath, "application/json", reviewBody(t, request))
+	var review admissionv1.AdmissionReview
+	if err := json.Unmarshal(response.Body.Bytes(), &review); err != nil || response.Code != 200 {
+		t.Fatalf("got %d %q (%v)", response.Code, response.Body, err)
+	}
+	r := review.Response
+	if r.UID != request.UID || r.Allowed || r.Result.Code != 400 || !strings.Contains(r.Result.Message, "oldObject is missing") {
+		t.Errorf("got %+v", r)
+	}
+	if len(lines) != 1 {
+		t.Errorf("logged %q", lines)
+	}
+}
+
+func TestTheAgentIsAskedAtTheNodesAddressInTime(t *testing.T) {
+	asked := false
+	guard := newGuard(func(ctx context.Context, address string, query sandbox.Query) (sandbox.Report, error) {
+		asked = true
+		deadline, ok := ctx.Deadline()
+		if left := time.Until(deadline); !ok || left > 9*time.Second {
+			t.Errorf("the deadline is in %s (%v), not a second before the API server's", left, ok)
+		}
+		if address != "192.0.2.7" || query.Node != "node-a" || query.UID != "0e0d5ce6-6a6c-4c5b-9f6c-111111111111" {
+			t.Errorf("asked %s for %+v", address, query)
+		}
+		return allProbes(), nil
+	}, nodeA())
+	post(t, guard, ReviewPath+"?timeout=10s", "application/json", reviewBody(t, deleteRequest(t, runningPod(), new(int64(0)))))
+	if !asked {
+		t.Error("no agent was asked")
+	}
+}
+
+func TestTrimmedNodesKeepWhatADecisionNeeds(t *testing.T) {
+	node := nodeA(func(n *corev1.Node) {
+		n.Spec.Taints = []corev1.Taint{{Key: "node.kubernetes.io/out-of-service"}}
+		n.Status.Images = []corev1.ContainerImage{{Names: []string{"large"}}}
+	})
+	kept, err := trimNode(node)
+	if err != nil {
+		t.Fatal(err)
+	}
+	trimmed := kept.(*corev1.Node)
+	address, err := internalAddress(trimmed)
+	if err != nil || address != "192.0.2.7" || !outOfService(trimmed) || trimmed.Name != "node-a" || trimmed.Status.Images != nil {
+		t.Errorf("got %+v (%v)", trimmed, err)
+	}
+}
