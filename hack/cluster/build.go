@@ -214,7 +214,7 @@ func lockFile(ctx context.Context, name string) (unlock func(), err error) {
 	for waiting := false; ; waiting = true {
 		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 		if err == nil {
-			return func() { f.Close() }, nil
+			return func() { _ = f.Close() }, nil
 		}
 		if !errors.Is(err, unix.EWOULDBLOCK) {
 			return nil, errors.Join(fmt.Errorf("locking %s: %w", name, err), f.Close())

@@ -39,7 +39,9 @@ func installPackages(ctx context.Context) error {
 			continue
 		}
 		binaries = append(binaries, tool.binary)
-		packages = append(packages, tool.debian)
+		if !slices.Contains(packages, tool.debian) {
+			packages = append(packages, tool.debian)
+		}
 	}
 	if len(packages) == 0 {
 		return nil

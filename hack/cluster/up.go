@@ -118,7 +118,7 @@ func checkFree(ctx context.Context, stages [][]component) error {
 		for _, c := range stage {
 			for _, port := range c.ports {
 				// The daemons listen on loopback or on the node's address, which does not exist yet.
-				l, err := net.Listen("tcp", net.JoinHostPort("", strconv.Itoa(port)))
+				l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", net.JoinHostPort("", strconv.Itoa(port)))
 				if err != nil {
 					return fmt.Errorf("port %d, which %s needs, is taken: another program listens on it (`ss -ltnp sport = :%d` names it)", port, c.name, port)
 				}
@@ -179,7 +179,7 @@ func startDaemon(cfg config, c component) (exited chan error, err error) {
 		return nil, err
 	}
 	defer log.Close()
-	cmd := exec.Command(c.path, c.args...)
+	cmd := exec.Command(c.path, c.args...) //nolint:noctx // outlives this command
 	cmd.Dir = dataDir
 	cmd.Env = append(os.Environ(), processMark)
 	cmd.Stdout, cmd.Stderr = log, log

@@ -60,12 +60,12 @@ type request struct {
 	hostDevice string
 }
 
-// podArgs are what runtimes for Kubernetes put into CNI_ARGS.
+// podArgs, with the names of the arguments, are what runtimes for Kubernetes put into CNI_ARGS.
 type podArgs struct {
 	types.CommonArgs
-	K8S_POD_NAMESPACE types.UnmarshallableString //nolint:revive // the names of the arguments
-	K8S_POD_NAME      types.UnmarshallableString //nolint:revive
-	K8S_POD_UID       types.UnmarshallableString //nolint:revive
+	K8S_POD_NAMESPACE types.UnmarshallableString
+	K8S_POD_NAME      types.UnmarshallableString
+	K8S_POD_UID       types.UnmarshallableString
 }
 
 func parseRequest(args *skel.CmdArgs) (*request, error) {
@@ -73,7 +73,7 @@ func parseRequest(args *skel.CmdArgs) (*request, error) {
 	if err := json.Unmarshal(args.StdinData, &req.config); err != nil {
 		return nil, types.NewError(types.ErrDecodingFailure, "network configuration: "+err.Error(), "")
 	}
-	if err := req.config.validate(); err != nil {
+	if err := req.validate(); err != nil {
 		return nil, types.NewError(types.ErrInvalidNetworkConfig, "network configuration: "+err.Error(), "")
 	}
 	pod := podArgs{CommonArgs: types.CommonArgs{IgnoreUnknown: true}}

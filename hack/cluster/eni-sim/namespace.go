@@ -73,8 +73,7 @@ func openNamespace(path string) (netns.NsHandle, error) {
 		err = fmt.Errorf("not mounted: %w", fs.ErrNotExist)
 	}
 	if err != nil {
-		handle.Close()
-		return netns.None(), fmt.Errorf("network namespace %s: %w", path, err)
+		return netns.None(), errors.Join(fmt.Errorf("network namespace %s: %w", path, err), handle.Close())
 	}
 	return handle, nil
 }

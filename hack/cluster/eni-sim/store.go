@@ -34,10 +34,9 @@ func (s store) lock() (unlock func(), err error) {
 		}
 	}
 	if err != nil {
-		file.Close()
-		return nil, fmt.Errorf("state: lock %s: %w", file.Name(), err)
+		return nil, errors.Join(fmt.Errorf("state: lock %s: %w", file.Name(), err), file.Close())
 	}
-	return func() { file.Close() }, nil
+	return func() { _ = file.Close() }, nil
 }
 
 // load returns the saved state; the error wraps fs.ErrNotExist if there is none yet.
