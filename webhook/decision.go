@@ -7,11 +7,11 @@ import "github.com/eni-guard/eni-guard/internal/sandbox"
 type Outcome string
 
 const (
-	// Allowed: the pod's node was asked, and the pod may go.
+	// Allowed means: the pod's node was asked, and the pod may go.
 	Allowed Outcome = "allowed"
-	// Exempt: nothing was asked, and the request is none of the guard's business.
+	// Exempt means: nothing was asked, and the request is none of the guard's business.
 	Exempt Outcome = "exempt"
-	// Denied: the pod stays.
+	// Denied means: the pod stays.
 	Denied Outcome = "denied"
 )
 
@@ -24,30 +24,30 @@ const ModeDeny Mode = "deny"
 // Reason is why, in one word, for programs; the values are those of the audit annotation "reason".
 type Reason string
 
+// Reasons of exemptions.
 const (
-	// Reasons of exemptions.
-
 	ReasonNotForced    Reason = "NotForced"
 	ReasonOwnKubelet   Reason = "OwnKubelet"
 	ReasonNotScheduled Reason = "NotScheduled"
 	ReasonHostNetwork  Reason = "HostNetwork"
 	ReasonMirrorPod    Reason = "MirrorPod"
+)
 
-	// Reasons of decisions.
-
-	// ReasonReleased: every probe ran, and nothing of the pod is left on its node.
+// Reasons of decisions.
+const (
+	// ReasonReleased means: every probe ran, and nothing of the pod is left on its node.
 	ReasonReleased Reason = "SandboxReleased"
-	// ReasonBound: something of the pod is still on its node.
+	// ReasonBound means: something of the pod is still on its node.
 	ReasonBound Reason = "SandboxBound"
-	// ReasonNoAnswer: the agent of the node did not answer, or not as an agent does.
+	// ReasonNoAnswer means: the agent of the node did not answer, or not as an agent does.
 	ReasonNoAnswer Reason = "NoAnswer"
-	// ReasonProbeFailed: the agent answered that it could not look everywhere.
+	// ReasonProbeFailed means: the agent answered that it could not look everywhere.
 	ReasonProbeFailed Reason = "ProbeFailed"
-	// ReasonNodeGone: there is no Node object any more, so there is nobody to ask and no address to reuse.
+	// ReasonNodeGone means: there is no Node object any more, so there is nobody to ask and no address to reuse.
 	ReasonNodeGone Reason = "NodeGone"
-	// ReasonNodeOutOfService: somebody has vouched, by the out-of-service taint, that the node is shut down.
+	// ReasonNodeOutOfService means: somebody has vouched, by the out-of-service taint, that the node is shut down.
 	ReasonNodeOutOfService Reason = "NodeOutOfService"
-	// ReasonContainersTerminated: nobody answers, but the kubelet has reported every container of the pod terminated.
+	// ReasonContainersTerminated means: nobody answers, but the kubelet has reported every container of the pod terminated.
 	ReasonContainersTerminated Reason = "ContainersTerminated"
 )
 

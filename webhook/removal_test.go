@@ -86,7 +86,7 @@ func TestRemovesNow(t *testing.T) {
 }
 
 // deleteRequest is what the API server sends for DELETE of a pod.
-func deleteRequest(t *testing.T, pod *corev1.Pod, grace *int64) *admissionv1.AdmissionRequest {
+func deleteRequest(t testing.TB, pod *corev1.Pod, grace *int64) *admissionv1.AdmissionRequest {
 	t.Helper()
 	object, err := json.Marshal(pod)
 	if err != nil {

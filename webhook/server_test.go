@@ -51,7 +51,9 @@ func newGuard(agent askFunc, nodes ...client.Object) *Guard {
 }
 
 func finds(findings ...sandbox.Finding) askFunc {
-	return func(context.Context, string, sandbox.Query) (sandbox.Report, error) { return allProbes(findings...), nil }
+	return func(context.Context, string, sandbox.Query) (sandbox.Report, error) {
+		return allProbes(findings...), nil
+	}
 }
 
 // post sends body to the guard and returns the HTTP response and what was logged.
@@ -66,7 +68,7 @@ func post(t *testing.T, g *Guard, target, contentType, body string) (*httptest.R
 	return recorder, lines
 }
 
-func reviewBody(t *testing.T, request *admissionv1.AdmissionRequest) string {
+func reviewBody(t testing.TB, request *admissionv1.AdmissionRequest) string {
 	t.Helper()
 	body, err := json.Marshal(admissionv1.AdmissionReview{
 		TypeMeta: metav1.TypeMeta{APIVersion: "admission.k8s.io/v1", Kind: "AdmissionReview"}, Request: request,

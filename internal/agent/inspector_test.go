@@ -48,7 +48,7 @@ func TestInspect(t *testing.T) {
 	stuckHost := func(t *testing.T) recordedHost {
 		h := lookable(t)
 		h.group("kubepods/pod"+podUID+"/c1", 42)
-		h.thread(42, 42, "java", "D", "nfs_wait", "")
+		h.thread(42, "java", "D", "nfs_wait", "")
 		return h
 	}
 	failing := func(context.Context, string) ([]podSandbox, []podContainer, error) {
@@ -98,7 +98,7 @@ func TestAProbeThatHangsIsReportedAndDoesNotPileUp(t *testing.T) {
 	t.Cleanup(func() { close(hang) })
 	h := lookable(t)
 	h.group("kubepods/pod"+podUID+"/c1", 42)
-	h.thread(42, 42, "java", "D", "nfs_wait", "")
+	h.thread(42, "java", "D", "nfs_wait", "")
 	running := make(chan struct{}, 10*maxConcurrent)
 	inspector := newInspector("node-a", h.Host, fakeRuntime(func(context.Context, string) ([]podSandbox, []podContainer, error) {
 		running <- struct{}{}

@@ -20,10 +20,10 @@ const (
 // recordedHost is a node's /proc and cgroup tree in a temporary directory.
 type recordedHost struct {
 	Host
-	t *testing.T
+	t testing.TB
 }
 
-func newRecordedHost(t *testing.T) recordedHost {
+func newRecordedHost(t testing.TB) recordedHost {
 	t.Helper()
 	h := recordedHost{Host{Proc: filepath.Join(t.TempDir(), "proc"), Cgroup: filepath.Join(t.TempDir(), "cgroup")}, t}
 	h.write(h.Proc, "stat", "cpu  0 0 0 0 0 0 0 0 0 0\nbtime 1700000000\n")
@@ -54,8 +54,11 @@ func (h recordedHost) group(path string, pids ...int) {
 	h.write(h.Cgroup, filepath.Join(path, "cgroup.procs"), strings.Trim(strings.ReplaceAll(fmt.Sprintln(pids), " ", "\n"), "[]\n")+"\n")
 }
 
-// thread records a thread that sleeps in wchan; its network namespace is netns, or cannot be told when that is empty.
-func (h recordedHost) thread(pid, tid int, command, state, wchan, netns string) {
+// pid is the one process that is recorded.
+const pid = 42
+
+// thread records a thread of it that sleeps in wchan; its network namespace is netns, or cannot be told when that is empty.
+func (h recordedHost) thread(tid int, command, state, wchan, netns string) {
 	h.t.Helper()
 	dir := fmt.Sprintf("%d/task/%d", pid, tid)
 	stat := fmt.Sprintf("%d (%s) %s 1 1 1 0 -1 0 0 0 0 0 0 0 0 0 20 0 1 0 250 0 0 18446744073709551615 0 0 0 0 0 0 0 0 0 0 0 0 17 0 0 0 0 0 0 0 0 0 0 0 0 0 0\n", tid, command, state)
@@ -92,44 +95,44 @@ func TestProcesses(t *testing.T) {
 		{"cgroup v1: in one hierarchy only", func(h recordedHost) {
 			h.group("memory/kubepods/burstable/pod"+podUID+"/c1", 42)
 			h.group("freezer/kubepods/burstable/pod" + podUID + "/c1")
-			h.thread(42, 42, "java", "S", "futex_wait_queue", "net:[7]")
+			h.thread(42, "java", "S", "futex_wait_queue", "net:[7]")
 		}, []sandbox.Process{{PID: 42, Command: "java", State: "S", WaitChannel: "futex_wait_queue", Started: started}}},
 		{"cgroup v1: in several hierarchies, told once", func(h recordedHost) {
 			h.group("memory/kubepods/pod"+podUID+"/c1", 42)
 			h.group("pids/kubepods/pod"+podUID+"/c1", 42)
-			h.thread(42, 42, "java", "R", "0", "net:[7]")
+			h.thread(42, "java", "R", "0", "net:[7]")
 		}, []sandbox.Process{{PID: 42, Command: "java", State: "R", Started: started}}},
 		{"cgroup v2 with systemd's names", func(h recordedHost) {
 			h.group("kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-pod"+strings.ReplaceAll(podUID, "-", "_")+".slice/cri-containerd-c1.scope", 42)
-			h.thread(42, 42, "java", "S", "x", "net:[7]")
+			h.thread(42, "java", "S", "x", "net:[7]")
 		}, []sandbox.Process{{PID: 42, Command: "java", State: "S", WaitChannel: "x", Started: started}}},
 		{"below a kubelet's own cgroup root", func(h recordedHost) {
 			h.group("kubelet/kubepods/pod"+podUID, 42)
-			h.thread(42, 42, "java", "S", "x", "net:[7]")
+			h.thread(42, "java", "S", "x", "net:[7]")
 		}, []sandbox.Process{{PID: 42, Command: "java", State: "S", WaitChannel: "x", Started: started}}},
 		{"of another pod", func(h recordedHost) {
 			h.group("kubepods/pod"+otherUID+"/c1", 42)
-			h.thread(42, 42, "java", "S", "x", "net:[7]")
+			h.thread(42, "java", "S", "x", "net:[7]")
 		}, nil},
 		{"a thread in state D tells more than the leader", func(h recordedHost) {
 			h.group("kubepods/pod"+podUID+"/c1", 42)
-			h.thread(42, 42, "java", "S", "futex_wait_queue", "net:[7]")
-			h.thread(42, 43, "worker", "D", "request_wait_answer", "net:[7]")
-			h.thread(42, 44, "other", "S", "x", "net:[7]")
+			h.thread(42, "java", "S", "futex_wait_queue", "net:[7]")
+			h.thread(43, "worker", "D", "request_wait_answer", "net:[7]")
+			h.thread(44, "other", "S", "x", "net:[7]")
 		}, []sandbox.Process{{PID: 42, Command: "worker", State: "D", WaitChannel: "request_wait_answer", Started: started}}},
 		{"a dead leader with a thread that cannot die", func(h recordedHost) {
 			h.group("kubepods/pod"+podUID+"/c1", 42)
-			h.thread(42, 42, "java", "Z", "0", "")
-			h.thread(42, 43, "java", "D", "nfs_wait", "net:[7]")
+			h.thread(42, "java", "Z", "0", "")
+			h.thread(43, "java", "D", "nfs_wait", "net:[7]")
 		}, []sandbox.Process{{PID: 42, Command: "java", State: "D", WaitChannel: "nfs_wait", Started: started}}},
 		{"a zombie has let go", func(h recordedHost) {
 			h.group("kubepods/pod"+podUID+"/c1", 42)
-			h.thread(42, 42, "java", "Z", "0", "")
+			h.thread(42, "java", "Z", "0", "")
 		}, nil},
 		{"gone between the cgroup and /proc", func(h recordedHost) { h.group("kubepods/pod"+podUID+"/c1", 42) }, nil},
 		{"a command with brackets and blanks", func(h recordedHost) {
 			h.group("kubepods/pod"+podUID+"/c1", 42)
-			h.thread(42, 42, "a) R (b", "D", "x", "net:[7]")
+			h.thread(42, "a) R (b", "D", "x", "net:[7]")
 		}, []sandbox.Process{{PID: 42, Command: "a) R (b", State: "D", WaitChannel: "x", Started: started}}},
 	} {
 		t.Run(test.name, func(t *testing.T) {

@@ -15,13 +15,13 @@ import (
 type Verdict string
 
 const (
-	// Released: every probe ran and found nothing.
+	// Released means: every probe ran and found nothing.
 	Released Verdict = "released"
-	// Bound: at least one finding.
+	// Bound means: at least one finding.
 	Bound Verdict = "bound"
-	// Unknown: nothing was found, but a probe could not run. Never to be read as Released.
+	// Unknown means: nothing was found, but a probe could not run. Never to be read as Released.
 	Unknown Verdict = "unknown"
-	// NotAsked: the removal is exempt, and no agent was asked.
+	// NotAsked means: the removal is exempt, and no agent was asked.
 	NotAsked Verdict = "not-asked"
 )
 
@@ -51,9 +51,7 @@ func (q Query) Validate() error {
 		}
 	}
 	// The UID becomes part of file names below the cgroup mount and of a label selector of the runtime.
-	if i := strings.IndexFunc(q.UID, func(r rune) bool {
-		return !(r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || r == '-')
-	}); i >= 0 {
+	if strings.Trim(q.UID, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-") != "" {
 		return fmt.Errorf("field \"uid\": %q is not the UID of a pod", q.UID)
 	}
 	if len(q.IPs) > maxAddresses {
@@ -72,15 +70,15 @@ const maxAddresses = 16
 type Kind string
 
 const (
-	// ProcessAlive: a process in the pod's cgroup, or a thread of one, is not dead.
+	// ProcessAlive means: a process in the pod's cgroup, or a thread of one, is not dead.
 	ProcessAlive Kind = "ProcessAlive"
-	// ContainerRunning: the runtime says a container of the pod runs.
+	// ContainerRunning means: the runtime says a container of the pod runs.
 	ContainerRunning Kind = "ContainerRunning"
-	// SandboxReady: the runtime says a sandbox of the pod is ready.
+	// SandboxReady means: the runtime says a sandbox of the pod is ready.
 	SandboxReady Kind = "SandboxReady"
-	// IPAssigned: an interface in a network namespace of the pod has one of the pod's addresses.
+	// IPAssigned means: an interface in a network namespace of the pod has one of the pod's addresses.
 	IPAssigned Kind = "IPAssigned"
-	// NetnsOpen: a network namespace of the pod exists.
+	// NetnsOpen means: a network namespace of the pod exists.
 	NetnsOpen Kind = "NetnsOpen"
 )
 

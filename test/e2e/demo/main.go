@@ -37,7 +37,11 @@ func run(ctx context.Context) error {
 		Cluster: cluster,
 		Tell:    func(format string, args ...any) { fmt.Printf("\n"+format+"\n", args...) },
 		Show: func(command, output string) {
-			fmt.Printf("\n    $ %s\n    %s\n", command, strings.ReplaceAll(output, "\n", "\n    "))
+			fmt.Println()
+			if command != "" {
+				fmt.Println("    $ " + command)
+			}
+			fmt.Println("    " + strings.ReplaceAll(output, "\n", "\n    "))
 		},
 	}
 	for _, part := range []struct {

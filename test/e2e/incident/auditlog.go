@@ -2,10 +2,10 @@ package incident
 
 import (
 	"bufio"
-	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"slices"
 	"strings"
@@ -31,8 +31,17 @@ type AuditEvent struct {
 // Annotation returns one of the guard's annotations.
 func (e AuditEvent) Annotation(key string) string { return e.Annotations[annotationPrefix+key] }
 
-// Removals reads the events of the audit log about the removal of a pod.
+// Removals reads the events of the audit log about removals of a pod by name. Those with an annotation of the guard tell
+// which pod of that name they are about; those of another are left out.
 func (c *Cluster) Removals(pod *corev1.Pod) ([]AuditEvent, error) {
+	return c.AuditEvents(func(e AuditEvent) bool {
+		uid := e.Annotation("pod-uid")
+		return e.Verb == "delete" && e.ObjectRef.Namespace == pod.Namespace && e.ObjectRef.Name == pod.Name && (uid == "" || uid == string(pod.UID))
+	})
+}
+
+// AuditEvents reads the events of the audit log that are wanted.
+func (c *Cluster) AuditEvents(wanted func(AuditEvent) bool) ([]AuditEvent, error) {
 	log, err := os.Open(c.AuditLog())
 	if err != nil {
 		return nil, err
@@ -42,14 +51,17 @@ func (c *Cluster) Removals(pod *corev1.Pod) ([]AuditEvent, error) {
 	lines := bufio.NewReader(log)
 	for {
 		line, err := lines.ReadBytes('\n')
-		if err != nil {
+		if errors.Is(err, io.EOF) {
 			return events, nil // the last line may still be written
+		}
+		if err != nil {
+			return nil, err
 		}
 		var event AuditEvent
 		if err := json.Unmarshal(line, &event); err != nil {
 			return nil, fmt.Errorf("audit log: %w", err)
 		}
-		if event.Verb == "delete" && event.ObjectRef.Namespace == pod.Namespace && event.ObjectRef.Name == pod.Name {
+		if wanted(event) {
 			events = append(events, event)
 		}
 	}
@@ -57,7 +69,7 @@ func (c *Cluster) Removals(pod *corev1.Pod) ([]AuditEvent, error) {
 
 // Refusal checks that the audit log holds exactly one refusal of the pod's removal, with what the contract says must be
 // in it, and returns its annotations, a line each.
-func (c *Cluster) Refusal(_ context.Context, pod *corev1.Pod) (string, error) {
+func (c *Cluster) Refusal(pod *corev1.Pod) (string, error) {
 	events, err := c.Removals(pod)
 	if err != nil {
 		return "", err

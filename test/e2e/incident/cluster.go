@@ -93,14 +93,19 @@ func Wait(ctx context.Context, timeout time.Duration, what string, condition fun
 	defer cancel()
 	tick := time.NewTicker(100 * time.Millisecond)
 	defer tick.Stop()
+	var reason error
 	for {
 		err := condition(ctx)
 		if err == nil {
 			return nil
 		}
+		// What fails because the time is up tells less than what failed before.
+		if reason == nil || ctx.Err() == nil && !strings.Contains(err.Error(), "context deadline") {
+			reason = err
+		}
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("waited %s for %s: %w", timeout, what, err)
+			return fmt.Errorf("waited %s for %s: %w", timeout, what, reason)
 		case <-tick.C:
 		}
 	}
@@ -174,6 +179,17 @@ func (c *Cluster) AwaitStarted(ctx context.Context, namespace, name string) (*co
 		return nil
 	})
 	return pod, err
+}
+
+// AwaitFinished waits until a pod is in the phase Succeeded.
+func (c *Cluster) AwaitFinished(ctx context.Context, pod *corev1.Pod) error {
+	return Wait(ctx, time.Minute, fmt.Sprintf("pod %s/%s to finish", pod.Namespace, pod.Name), func(ctx context.Context) error {
+		now, err := c.CoreV1().Pods(pod.Namespace).Get(ctx, pod.Name, metav1.GetOptions{})
+		if err == nil && now.Status.Phase != corev1.PodSucceeded {
+			err = fmt.Errorf("phase %s", now.Status.Phase)
+		}
+		return err
+	})
 }
 
 // AwaitGone waits until the pod with this UID is no longer in the API server.

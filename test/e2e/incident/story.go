@@ -16,7 +16,7 @@ type Story struct {
 	*Cluster
 	// Tell says one step in plain words.
 	Tell func(format string, args ...any)
-	// Show prints a command and what it printed.
+	// Show prints what a command printed; without a command, something that was looked up.
 	Show func(command, output string)
 }
 
@@ -114,17 +114,21 @@ func (s *Story) WithoutGuard(ctx context.Context) (err error) {
 	if next, err = s.CoreV1().Pods(namespace).Create(ctx, next, metav1.CreateOptions{}); err != nil {
 		return err
 	}
-	failure, err := s.awaitSandboxFailure(ctx, next)
+	if err := s.awaitSandboxFailure(ctx, next); err != nil {
+		return err
+	}
+	state, err := s.kubectl(ctx, namespace, "get", "pod", next.Name, "-o", "wide")
+	if err != nil || !strings.Contains(state, "ContainerCreating") {
+		return errors.Join(fmt.Errorf("pod %s is not in ContainerCreating", next.Name), err)
+	}
+	failure, err := s.kubectl(ctx, namespace, "get", "events", "--field-selector", "reason=FailedCreatePodSandBox",
+		"-o", "custom-columns=OBJECT:.involvedObject.name,REASON:.reason,MESSAGE:.message")
 	if err != nil {
 		return err
 	}
 	if !strings.Contains(failure, "address already in use") || !strings.Contains(failure, old.Status.PodIP) {
-		return fmt.Errorf("pod %s failed otherwise than in the incident: %s", next.Name, failure)
+		return fmt.Errorf("pod %s failed otherwise than in the incident", next.Name)
 	}
-	if _, err := s.kubectl(ctx, namespace, "get", "pod", next.Name, "-o", "wide"); err != nil {
-		return err
-	}
-	s.Show("kubectl -n "+namespace+" describe pod "+next.Name+" | grep FailedCreatePodSandBox", failure)
 	s.Tell("This is the incident: the release fails with an address that belongs to no pod of the cluster.")
 
 	if err := stuck.Release(); err != nil {
@@ -137,19 +141,17 @@ func (s *Story) WithoutGuard(ctx context.Context) (err error) {
 	return s.RemoveNamespace(ctx, namespace)
 }
 
-// awaitSandboxFailure waits for the event of the incident and returns its message.
-func (s *Story) awaitSandboxFailure(ctx context.Context, pod *corev1.Pod) (message string, err error) {
-	err = Wait(ctx, time.Minute, "an event FailedCreatePodSandBox of pod "+pod.Name, func(ctx context.Context) error {
+// awaitSandboxFailure waits for the event of the incident.
+func (s *Story) awaitSandboxFailure(ctx context.Context, pod *corev1.Pod) error {
+	return Wait(ctx, time.Minute, "an event FailedCreatePodSandBox of pod "+pod.Name, func(ctx context.Context) error {
 		events, err := s.CoreV1().Events(pod.Namespace).List(ctx, metav1.ListOptions{
 			FieldSelector: "reason=FailedCreatePodSandBox,involvedObject.uid=" + string(pod.UID),
 		})
-		if err != nil || len(events.Items) == 0 {
-			return errors.Join(errors.New("there is none"), err)
+		if err == nil && len(events.Items) == 0 {
+			err = errors.New("there is none")
 		}
-		message = events.Items[0].Message
-		return nil
+		return err
 	})
-	return message, err
 }
 
 // WithGuard tries the same where the guard watches, and shows that it cannot happen.
@@ -187,12 +189,12 @@ func (s *Story) WithGuard(ctx context.Context) (err error) {
 	if err := s.stillThere(old, process); err != nil {
 		return err
 	}
-	record, err := s.Refusal(ctx, old)
+	record, err := s.Refusal(old)
 	if err != nil {
 		return err
 	}
 	s.Tell("Refused, with what is still on the node. The audit log of the API server has it on record:")
-	s.Show("grep "+string(old.UID)+" .cluster/audit.log  # its annotations", record)
+	s.Show("", record)
 
 	s.Tell("The garbage collector of the CNI passes, finds the pod in the API server, and leaves %s alone.", old.Status.PodIP)
 	if err := s.AwaitCollection(ctx); err != nil {
@@ -247,7 +249,7 @@ func (s *Story) ReallyGone(ctx context.Context, namespace string) error {
 	if err != nil {
 		return err
 	}
-	if err := s.awaitReleased(ctx, done); err != nil {
+	if err := errors.Join(s.AwaitFinished(ctx, done), s.awaitReleased(ctx, done)); err != nil {
 		return err
 	}
 	s.Tell("Pod %s has run to its end, and nothing of it is left on the node. Its force delete goes through:", done.Name)

@@ -1,0 +1,286 @@
+package e2e
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	appsv1 "k8s.io/api/apps/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/eni-guard/eni-guard/test/e2e/incident"
+)
+
+// restored waits, at the end of a test that broke the guard, until it works again.
+func restored(t *testing.T) {
+	t.Helper()
+	if err := guardReady(context.Background()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// pause stops a process of the host by its command line, and returns how to let it go on.
+func pause(t *testing.T, part ...string) (resume func()) {
+	t.Helper()
+	files, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, file := range files {
+		content, err := os.ReadFile(file)
+		if err != nil || !bytes.HasPrefix(content, []byte(strings.Join(part, "\x00")+"\x00")) {
+			continue
+		}
+		pid, err := strconv.Atoi(filepath.Base(filepath.Dir(file)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
+			t.Fatal(err)
+		}
+		resumed := false
+		resume = func() {
+			if !resumed {
+				resumed = true
+				if err := syscall.Kill(pid, syscall.SIGCONT); err != nil {
+					t.Error(err)
+				}
+			}
+		}
+		t.Cleanup(resume)
+		return resume
+	}
+	t.Fatalf("no process %q runs", part)
+	return nil
+}
+
+func TestAnAgentThatDoesNotAnswerInTime(t *testing.T) {
+	pod := sleeper(t, namespace(t), "web-0", nil)
+	resume := pause(t, "/eni-guard", "agent")
+	err := forceDelete(t, pod)
+	resume()
+	restored(t)
+	refused(t, err, "cannot tell whether pod "+pod.Namespace+"/web-0 is still alive on node node-1: the agent of node node-1 did not answer within 5s at 10.111.0.1:9807")
+	kept(t, pod)
+	expectRecord(t, pod, "denied", "unknown", "NoAnswer")
+}
+
+func TestAnAgentThatDoesNotRun(t *testing.T) {
+	pod := sleeper(t, namespace(t), "web-0", nil)
+	selectNode := func(ctx context.Context, value string) error {
+		patch := fmt.Sprintf(`[{"op":"add","path":"/spec/template/spec/nodeSelector/eni-guard-test","value":%q}]`, value)
+		if value == "" {
+			patch = `[{"op":"remove","path":"/spec/template/spec/nodeSelector/eni-guard-test"}]`
+		}
+		out, err := cluster.Kubectl(ctx, "-n", incident.GuardNamespace, "patch", "daemonset", "eni-guard-agent", "--type=json", "-p", patch)
+		if err != nil {
+			return errors.New(out)
+		}
+		return nil
+	}
+	if err := selectNode(t.Context(), "nowhere"); err != nil {
+		t.Fatal(err)
+	}
+	err := incident.Wait(t.Context(), time.Minute, "the agent to end", func(ctx context.Context) error {
+		conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", "10.111.0.1:9807")
+		if err == nil {
+			return errors.Join(errors.New("it listens"), conn.Close())
+		}
+		return nil
+	})
+	var refusal error
+	if err == nil {
+		refusal = forceDelete(t, pod)
+	}
+	if err := errors.Join(err, selectNode(context.Background(), "")); err != nil {
+		t.Fatal(err)
+	}
+	restored(t)
+	refused(t, refusal, "the agent of node node-1 does not run: nothing listens at 10.111.0.1:9807")
+	kept(t, pod)
+	expectRecord(t, pod, "denied", "unknown", "NoAnswer")
+}
+
+// The kernel has the last word: with the runtime hanging, the pod's processes are found all the same.
+func TestARuntimeThatDoesNotAnswer(t *testing.T) {
+	pod := sleeper(t, namespace(t), "web-0", nil)
+	resume := pause(t, "containerd", "--config")
+	err := forceDelete(t, pod)
+	resume()
+	restored(t)
+	refused(t, err, "is still alive on node node-1: process ")
+	kept(t, pod)
+	if evidence := recorded(t, pod).Annotation("evidence"); !strings.Contains(evidence, `the probe "runtime" did not run`) {
+		t.Errorf("the evidence %q does not say that the runtime did not answer", evidence)
+	}
+}
+
+// With every replica down, forced removals are refused by the API server itself, and nothing else is blocked.
+func TestWithoutAnyWebhook(t *testing.T) {
+	ns := namespace(t)
+	pod := sleeper(t, ns, "web-0", nil)
+	scale := func(ctx context.Context, replicas int32) error {
+		return incident.Wait(ctx, time.Minute, fmt.Sprintf("%d replicas of the webhook", replicas), func(ctx context.Context) error {
+			d, err := cluster.AppsV1().Deployments(incident.GuardNamespace).Get(ctx, "eni-guard-webhook", metav1.GetOptions{})
+			if err != nil {
+				return err
+			}
+			if *d.Spec.Replicas != replicas {
+				d.Spec.Replicas = &replicas
+				d, err = cluster.AppsV1().Deployments(incident.GuardNamespace).Update(ctx, d, metav1.UpdateOptions{})
+				if err != nil {
+					return err
+				}
+			}
+			return settled(d, replicas)
+		})
+	}
+	if err := scale(t.Context(), 0); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := scale(context.Background(), 2); err != nil {
+			t.Fatal(err)
+		}
+		restored(t)
+	}()
+
+	err := forceDelete(t, pod)
+	if err == nil || !strings.Contains(err.Error(), `failed calling webhook "force-delete.eni-guard.io"`) {
+		t.Errorf("a forced delete: %v", err)
+	}
+	kept(t, pod)
+	if err := cluster.CoreV1().Pods(ns).Delete(t.Context(), pod.Name, metav1.DeleteOptions{}); err != nil {
+		t.Errorf("a graceful delete: %v", err)
+	}
+	if err := cluster.AwaitGone(t.Context(), pod); err != nil {
+		t.Errorf("the kubelet's delete: %v", err)
+	}
+}
+
+func settled(d *appsv1.Deployment, replicas int32) error {
+	if s := d.Status; s.ObservedGeneration != d.Generation || s.Replicas != replicas || s.ReadyReplicas != replicas {
+		return fmt.Errorf("%d of %d are ready", s.ReadyReplicas, s.Replicas)
+	}
+	return nil
+}
+
+// insecure talks to anything; these tests are about what the other side lets in.
+var insecure = &http.Client{
+	Timeout:   10 * time.Second,
+	Transport: &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}},
+}
+
+func TestAMalformedReviewDoesNoHarm(t *testing.T) {
+	service, err := cluster.CoreV1().Services(incident.GuardNamespace).Get(t.Context(), "eni-guard-webhook", metav1.GetOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	before := guardPods(t)
+	for _, body := range []string{"", "{", "[]", `{"kind":"AdmissionReview"}`, strings.Repeat("{", 1<<20)} {
+		request, err := http.NewRequestWithContext(t.Context(), http.MethodPost, "https://"+service.Spec.ClusterIP+"/force-delete", strings.NewReader(body))
+		if err != nil {
+			t.Fatal(err)
+		}
+		request.Header.Set("Content-Type", "application/json")
+		response, err := insecure.Do(request)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := response.Body.Close(); err != nil || response.StatusCode != http.StatusBadRequest {
+			t.Errorf("%.20q: %s (%v)", body, response.Status, err)
+		}
+	}
+	if after := guardPods(t); after != before {
+		t.Errorf("the guard's pods were %s, are %s", before, after)
+	}
+	logs, err := cluster.Kubectl(t.Context(), "-n", incident.GuardNamespace, "logs", "-l", "app.kubernetes.io/component=webhook", "--tail=-1")
+	if err != nil || strings.Count(logs, "refused a request that is not an AdmissionReview") < 5 {
+		t.Errorf("the log does not tell of 5 malformed reviews (%v)", err)
+	}
+}
+
+func TestAnAgentAnswersNobodyWithoutACertificate(t *testing.T) {
+	request, err := http.NewRequestWithContext(t.Context(), http.MethodPost, "https://10.111.0.1:9807/v1/inspect", strings.NewReader("{}"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	response, err := insecure.Do(request)
+	if err == nil {
+		response.Body.Close()
+		t.Fatalf("answered %s", response.Status)
+	}
+	if !strings.Contains(err.Error(), "certificate required") {
+		t.Errorf("got %v", err)
+	}
+}
+
+// guardPods names the guard's pods and how often their containers have started.
+func guardPods(t *testing.T) string {
+	t.Helper()
+	list, err := cluster.CoreV1().Pods(incident.GuardNamespace).List(t.Context(), metav1.ListOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var pods []string
+	for _, pod := range list.Items {
+		for _, status := range pod.Status.ContainerStatuses {
+			pods = append(pods, fmt.Sprintf("%s:%d", pod.UID, status.RestartCount))
+		}
+	}
+	return strings.Join(pods, " ")
+}
+
+// New certificates of a new authority for all three parties, without a restart of any. Until all of them have arrived,
+// forced removals are refused; that is the safe side.
+func TestCertificatesAreReplacedWithoutARestart(t *testing.T) {
+	pod := sleeper(t, namespace(t), "web-0", nil)
+	before := guardPods(t)
+	for _, secret := range []string{"webhook-tls", "agent-tls", "client-tls"} {
+		if err := cluster.CoreV1().Secrets(incident.GuardNamespace).Delete(t.Context(), "eni-guard-"+secret, metav1.DeleteOptions{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	helm := exec.CommandContext(t.Context(), cluster.Binary("helm"), "--kubeconfig", cluster.Kubeconfig(), "--namespace", incident.GuardNamespace,
+		"upgrade", "eni-guard", filepath.Join(repo, "charts/eni-guard"), "--reuse-values")
+	if out, err := helm.CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	calls := 0
+	err := incident.Wait(t.Context(), 3*time.Minute, "the new certificates to be in force on every side", func(ctx context.Context) error {
+		// Several in a row, because the API server keeps connections to both replicas.
+		for range 10 {
+			calls++
+			err := cluster.CoreV1().Pods(pod.Namespace).Delete(ctx, pod.Name, metav1.DeleteOptions{GracePeriodSeconds: forced.GracePeriodSeconds, DryRun: []string{metav1.DryRunAll}})
+			if err == nil {
+				t.Fatal("a forced removal went through while certificates were replaced")
+			}
+			if !strings.Contains(err.Error(), "is still alive on node node-1") {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if calls == 10 {
+		t.Error("the certificates were not replaced: the first ten calls went through with the old ones")
+	}
+	if after := guardPods(t); after != before {
+		t.Errorf("the guard's pods were %s, are %s", before, after)
+	}
+	kept(t, pod)
+}

@@ -1,0 +1,186 @@
+package e2e
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/eni-guard/eni-guard/test/e2e/incident"
+)
+
+// webhookCalls reads from the API server how often it has called the guard.
+func webhookCalls(t *testing.T) int {
+	t.Helper()
+	out, err := cluster.Kubectl(t.Context(), "get", "--raw", "/metrics")
+	if err != nil {
+		t.Fatal(err)
+	}
+	calls := 0
+	line := regexp.MustCompile(`(?m)^apiserver_admission_webhook_request_total\{.*name="force-delete\.eni-guard\.io".*\} (\d+)$`)
+	for _, match := range line.FindAllStringSubmatch(out, -1) {
+		n := 0
+		if _, err := fmt.Sscan(match[1], &n); err != nil {
+			t.Fatal(err)
+		}
+		calls += n
+	}
+	return calls
+}
+
+func TestForcedDeleteOfARunningPodIsRefused(t *testing.T) {
+	pod := sleeper(t, namespace(t), "web-0", nil)
+	refused(t, forceDelete(t, pod), "pod "+pod.Namespace+"/web-0 is still alive on node node-1: container app ", "address "+pod.Status.PodIP+" still in use", "--now")
+	kept(t, pod)
+	expectRecord(t, pod, "denied", "bound", "SandboxBound")
+}
+
+// A graceful delete and the kubelet's own must not depend on the guard: neither makes a call.
+func TestGracefulDeletesNeverReachTheWebhook(t *testing.T) {
+	ns := namespace(t)
+	pod := sleeper(t, ns, "web-0", nil)
+	before := webhookCalls(t)
+	if err := cluster.CoreV1().Pods(ns).Delete(t.Context(), pod.Name, metav1.DeleteOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if err := cluster.AwaitGone(t.Context(), pod); err != nil {
+		t.Fatal(err)
+	}
+	if after := webhookCalls(t); after != before {
+		t.Errorf("%d calls for a graceful delete and the kubelet's", after-before)
+	}
+	// The kubelet's delete is in the audit log, so the guard was left out of it, not the kubelet out of the picture.
+	events, err := cluster.Removals(pod)
+	if err != nil || len(events) != 2 {
+		t.Errorf("%d deletes in the audit log (%v), want the graceful one and the kubelet's", len(events), err)
+	}
+	// The counter does count.
+	pod = sleeper(t, ns, "web-1", nil)
+	refused(t, forceDelete(t, pod))
+	if after := webhookCalls(t); after != before+1 {
+		t.Errorf("%d calls for a forced delete, want 1", after-before)
+	}
+}
+
+func TestDryRunIsAnsweredWithTheTrueVerdict(t *testing.T) {
+	pod := sleeper(t, namespace(t), "web-0", nil)
+	out, err := cluster.Kubectl(t.Context(), "-n", pod.Namespace, "delete", "pod", pod.Name, "--grace-period=0", "--force", "--dry-run=server")
+	if err == nil || !strings.Contains(out, "is still alive on node node-1") {
+		t.Errorf("got %v\n%s", err, out)
+	}
+	kept(t, pod)
+}
+
+// A finished pod's plain delete is a forced one to the API server. Jobs are cleaned up this way.
+func TestAFinishedPodCanBeDeleted(t *testing.T) {
+	pod := start(t, incident.Pod(namespace(t), "job-1", []string{"true"}, func(p *corev1.Pod) { p.Spec.RestartPolicy = corev1.RestartPolicyNever }))
+	if err := cluster.AwaitFinished(t.Context(), pod); err != nil {
+		t.Fatal(err)
+	}
+	err := incident.Wait(t.Context(), time.Minute, "the delete to be allowed", func(ctx context.Context) error {
+		// Right after the end of its container, the sandbox is still there for a moment.
+		return cluster.CoreV1().Pods(pod.Namespace).Delete(ctx, pod.Name, metav1.DeleteOptions{})
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cluster.Gone(t.Context(), pod); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestExemptPods(t *testing.T) {
+	ns := namespace(t)
+	t.Run("never scheduled", func(t *testing.T) {
+		pod, err := cluster.CoreV1().Pods(ns).Create(t.Context(), incident.Pod(ns, "pending", []string{"true"}, func(p *corev1.Pod) {
+			p.Spec.NodeSelector = map[string]string{"no": "such-node"}
+		}), metav1.CreateOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := errors.Join(forceDelete(t, pod), cluster.Gone(t.Context(), pod)); err != nil {
+			t.Fatal(err)
+		}
+		expectRecord(t, pod, "exempt", "not-asked", "NotScheduled")
+	})
+	t.Run("on the host's network", func(t *testing.T) {
+		pod := sleeper(t, ns, "host", func(p *corev1.Pod) { p.Spec.HostNetwork = true })
+		if err := errors.Join(forceDelete(t, pod), cluster.Gone(t.Context(), pod)); err != nil {
+			t.Fatal(err)
+		}
+		expectRecord(t, pod, "exempt", "not-asked", "HostNetwork")
+	})
+}
+
+// Without its node there is nobody to ask, and the garbage collector of pods must be able to work.
+func TestAPodOfANodeThatIsGoneCanBeDeleted(t *testing.T) {
+	ns := namespace(t)
+	pod, err := cluster.CoreV1().Pods(ns).Create(t.Context(), incident.Pod(ns, "orphan", []string{"true"}, func(p *corev1.Pod) {
+		p.Spec.NodeName = "no-such-node"
+	}), metav1.CreateOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(forceDelete(t, pod), cluster.Gone(t.Context(), pod)); err != nil {
+		t.Fatal(err)
+	}
+	expectRecord(t, pod, "allowed", "unknown", "NodeGone")
+}
+
+// One request, many pods: each refusal has an annotation of its own in the one audit event.
+func TestCollectionDeleteIsRefused(t *testing.T) {
+	ns := namespace(t)
+	pod := sleeper(t, ns, "web-0", nil)
+	err := cluster.CoreV1().Pods(ns).DeleteCollection(t.Context(), forced, metav1.ListOptions{})
+	refused(t, err, "pod "+ns+"/web-0 is still alive")
+	kept(t, pod)
+	events, err := cluster.AuditEvents(func(e incident.AuditEvent) bool { return e.Verb == "deletecollection" && e.ObjectRef.Namespace == ns })
+	if err != nil || len(events) != 1 {
+		t.Fatalf("%d collection deletes in the audit log (%v), want 1", len(events), err)
+	}
+	var record map[string]string
+	if err := json.Unmarshal([]byte(events[0].Annotation("pod."+string(pod.UID))), &record); err != nil {
+		t.Fatalf("the record of the pod: %v in %v", err, events[0].Annotations)
+	}
+	if record["decision"] != "denied" || record["path"] != "collection" || record["pod"] != ns+"/web-0" {
+		t.Errorf("the record of the pod: %v", record)
+	}
+}
+
+// A pod that carries grace period 0 already goes with any delete, a graceful one too; here a finalizer keeps it in
+// between.
+func TestAMarkedPodIsJudgedAgain(t *testing.T) {
+	const finalizer = "example.com/keep"
+	ns := namespace(t)
+	pod := start(t, incident.Pod(ns, "job-1", []string{"true"}, func(p *corev1.Pod) {
+		p.Finalizers, p.Spec.RestartPolicy = []string{finalizer}, corev1.RestartPolicyNever
+	}))
+	defer func() {
+		if _, err := cluster.Kubectl(t.Context(), "-n", ns, "patch", "pod", pod.Name, "--type=json", `-p=[{"op":"remove","path":"/metadata/finalizers"}]`); err != nil {
+			t.Error(err)
+		}
+	}()
+	if err := cluster.AwaitFinished(t.Context(), pod); err != nil {
+		t.Fatal(err)
+	}
+	err := incident.Wait(t.Context(), time.Minute, "the delete to be allowed", func(ctx context.Context) error {
+		return cluster.CoreV1().Pods(ns).Delete(ctx, pod.Name, metav1.DeleteOptions{})
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	before := webhookCalls(t)
+	if err := cluster.CoreV1().Pods(ns).Delete(t.Context(), pod.Name, metav1.DeleteOptions{GracePeriodSeconds: new(int64(30))}); err != nil {
+		t.Fatal(err)
+	}
+	if webhookCalls(t) == before {
+		t.Error("a delete of a pod that carries grace period 0 was not judged")
+	}
+}
