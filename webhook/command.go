@@ -126,6 +126,7 @@ func (o options) run(ctx context.Context, log logr.Logger) error {
 	}
 	guard := &Guard{
 		nodes:     manager.GetCache(),
+		liveNodes: manager.GetAPIReader(),
 		agents:    newAgents(strconv.Itoa(o.agentPort), o.agentTimeout, mtls.Dir(o.agentTLSDir)),
 		decisions: decisions,
 	}

@@ -26,9 +26,10 @@ type asker interface {
 
 // Guard decides about removals of pods.
 type Guard struct {
-	nodes     client.Reader // of Node objects; a cache
-	agents    asker
-	decisions *prometheus.CounterVec
+	// nodes reads Node objects: cached for the address of a node, live for what may allow a removal.
+	nodes, liveNodes client.Reader
+	agents           asker
+	decisions        *prometheus.CounterVec
 }
 
 // review answers one admission request. An error means that the request cannot be judged, because it is not what the
@@ -51,25 +52,40 @@ func (g *Guard) decide(ctx context.Context, r *removal) decision {
 		return exemptDecision(reason)
 	}
 	e := evidence{containersTerminated: containersTerminated(r.pod)}
-	var node corev1.Node
-	err := g.nodes.Get(ctx, types.NamespacedName{Name: r.pod.Spec.NodeName}, &node)
-	switch {
-	case apierrors.IsNotFound(err):
-		e.nodeGone, e.failure = true, fmt.Sprintf("node %s does not exist", r.pod.Spec.NodeName)
-		return decide(e)
-	case err != nil:
-		e.failure = fmt.Sprintf("node %s could not be read: %v", r.pod.Spec.NodeName, err)
-		return decide(e)
+	var err error
+	if e.report, err = g.report(ctx, r); err != nil {
+		e.failure = err.Error()
 	}
-	e.nodeOutOfService = outOfService(&node)
-	address, err := internalAddress(&node)
-	if err == nil {
-		e.report, err = g.agents.ask(ctx, address, r.query())
-	}
-	if err != nil {
-		e.failure = fmt.Sprintf("the agent of node %s %v", node.Name, err)
+	if e.report.Verdict() == sandbox.Unknown {
+		// Not from the cache: one that lags would call a new node gone, or one back in service out of it. An error here
+		// leaves both false, and the removal refused.
+		var node corev1.Node
+		err := g.liveNodes.Get(ctx, types.NamespacedName{Name: r.pod.Spec.NodeName}, &node)
+		e.nodeGone = apierrors.IsNotFound(err)
+		e.nodeOutOfService = err == nil && outOfService(&node)
 	}
 	return decide(e)
+}
+
+// report asks the agent of the pod's node. The error says, in a sentence, why there is no answer.
+func (g *Guard) report(ctx context.Context, r *removal) (sandbox.Report, error) {
+	name := r.pod.Spec.NodeName
+	var node corev1.Node
+	if err := g.nodes.Get(ctx, types.NamespacedName{Name: name}, &node); err != nil {
+		if apierrors.IsNotFound(err) {
+			return sandbox.Report{}, fmt.Errorf("node %s is not known", name)
+		}
+		return sandbox.Report{}, fmt.Errorf("node %s could not be read: %w", name, err)
+	}
+	address, err := internalAddress(&node)
+	if err != nil {
+		return sandbox.Report{}, fmt.Errorf("the agent of node %s %w", name, err)
+	}
+	report, err := g.agents.ask(ctx, address, r.query())
+	if err != nil {
+		return sandbox.Report{}, fmt.Errorf("the agent of node %s %w", name, err)
+	}
+	return report, nil
 }
 
 // outOfService says whether somebody has vouched that the node is shut down

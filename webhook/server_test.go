@@ -43,8 +43,10 @@ func nodeA(change ...func(*corev1.Node)) *corev1.Node {
 }
 
 func newGuard(agent askFunc, nodes ...client.Object) *Guard {
+	reader := fake.NewClientBuilder().WithObjects(nodes...).Build()
 	return &Guard{
-		nodes:     fake.NewClientBuilder().WithObjects(nodes...).Build(),
+		nodes:     reader,
+		liveNodes: reader,
 		agents:    agent,
 		decisions: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "test"}, []string{"mode", "decision", "verdict", "path"}),
 	}
@@ -164,6 +166,41 @@ func TestReviews(t *testing.T) {
 			}
 		})
 	}
+}
+
+// A cache that lags must not allow anything: it has not seen a new node, or still has a taint that was taken away.
+func TestOnlyTheLiveNodeAllows(t *testing.T) {
+	silent := func(context.Context, string, sandbox.Query) (sandbox.Report, error) {
+		return sandbox.Report{}, errors.New("did not answer")
+	}
+	tainted := nodeA(func(n *corev1.Node) { n.Spec.Taints = []corev1.Taint{{Key: "node.kubernetes.io/out-of-service"}} })
+	empty := fake.NewClientBuilder().Build()
+	for _, test := range []struct {
+		name         string
+		cached, live client.Reader
+		want         Reason
+	}{
+		{"new, not in the cache yet", empty, newGuard(nil, nodeA()).nodes, ReasonNoAnswer},
+		{"gone, still in the cache", newGuard(nil, nodeA()).nodes, empty, ReasonNodeGone},
+		{"the taint is gone, but cached", newGuard(nil, tainted).nodes, newGuard(nil, nodeA()).nodes, ReasonNoAnswer},
+		{"the API server does not answer", newGuard(nil, tainted).nodes, failingReader{}, ReasonNoAnswer},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			guard := newGuard(silent)
+			guard.nodes, guard.liveNodes = test.cached, test.live
+			d := guard.decide(t.Context(), &removal{pod: runningPod(), grace: new(int64(0))})
+			if d.reason != test.want {
+				t.Errorf("got %s for %s (%s), want %s", d.outcome, d.reason, d.failure, test.want)
+			}
+		})
+	}
+}
+
+// failingReader is an API server that cannot be reached.
+type failingReader struct{ client.Reader }
+
+func (failingReader) Get(context.Context, client.ObjectKey, client.Object, ...client.GetOption) error {
+	return errors.New("connection refused")
 }
 
 // A request that is a sound AdmissionReview, but not one this webhook is made for, is answered with its UID: anything
