@@ -15,6 +15,9 @@ import (
 // keeps the hanging ones from piling up.
 const maxConcurrent = 16
 
+// maxFindings bounds a report. The most telling findings come first, and any one of them decides.
+const maxFindings = 1000
+
 // Inspector looks at one node.
 type Inspector struct {
 	node    string
@@ -95,6 +98,7 @@ func (i *Inspector) Inspect(ctx context.Context, query sandbox.Query) sandbox.Re
 	}
 	report.Findings = append(report.Findings, namespaces...)
 	report.Sort()
+	report.Findings = report.Findings[:min(len(report.Findings), maxFindings)]
 	return report
 }
 

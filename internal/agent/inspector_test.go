@@ -131,6 +131,16 @@ func TestAProbeThatHangsIsReportedAndDoesNotPileUp(t *testing.T) {
 	}
 }
 
+func TestAReportIsBounded(t *testing.T) {
+	containers := make([]podContainer, 2*maxFindings)
+	report := newInspector("node-a", lookable(t).Host, fakeRuntime(func(context.Context, string) ([]podSandbox, []podContainer, error) {
+		return []podSandbox{{id: "s1", ready: true}}, containers, nil
+	})).Inspect(t.Context(), podQuery)
+	if len(report.Findings) != maxFindings || report.Findings[0].Kind != sandbox.ContainerRunning {
+		t.Errorf("%d findings, the first one %s", len(report.Findings), report.Findings[0])
+	}
+}
+
 func TestHandler(t *testing.T) {
 	handler := Handler(newInspector("node-a", lookable(t).Host, fakeRuntime(knowsNothing)), logr.Discard())
 	valid, err := json.Marshal(podQuery)

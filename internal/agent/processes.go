@@ -59,6 +59,9 @@ func (h Host) processes(ctx context.Context, uid string) ([]podProcess, error) {
 	boot := time.Unix(int64(kernel.BootTime), 0) //nolint:gosec // seconds since 1970
 	var found []podProcess
 	for _, pid := range pids {
+		if ctx.Err() != nil {
+			return found, ctx.Err()
+		}
 		p, alive, err := h.process(proc, pid, boot)
 		if err != nil {
 			return nil, err
@@ -67,7 +70,7 @@ func (h Host) processes(ctx context.Context, uid string) ([]podProcess, error) {
 			found = append(found, p)
 		}
 	}
-	return found, ctx.Err()
+	return found, nil
 }
 
 // podCgroups finds the directories of a pod's cgroup in all hierarchies. It does not descend into the groups of pods,
