@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"strings"
 	"testing"
@@ -63,8 +64,26 @@ func guardReady(ctx context.Context) error {
 		if s := agent.Status; s.ObservedGeneration != agent.Generation || s.NumberReady != 1 || s.DesiredNumberScheduled != 1 {
 			return fmt.Errorf("agent: %d of 1 is ready", s.NumberReady)
 		}
-		return nil
+		// kube-proxy learns of ready replicas a moment later.
+		address, err := webhookAddress(ctx)
+		if err != nil {
+			return err
+		}
+		conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", address)
+		if err != nil {
+			return err
+		}
+		return conn.Close()
 	})
+}
+
+// webhookAddress is where the API server calls the webhook.
+func webhookAddress(ctx context.Context) (string, error) {
+	service, err := cluster.CoreV1().Services(incident.GuardNamespace).Get(ctx, "eni-guard-webhook", metav1.GetOptions{})
+	if err != nil {
+		return "", err
+	}
+	return net.JoinHostPort(service.Spec.ClusterIP, "443"), nil
 }
 
 // testLabel is on the namespaces of these tests.
