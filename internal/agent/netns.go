@@ -15,6 +15,7 @@ import (
 	"github.com/moby/sys/mountinfo"
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
 
 	"github.com/eni-guard/eni-guard/internal/sandbox"
 )
@@ -42,12 +43,28 @@ func (h Host) namespaces(ctx context.Context, sandboxes []podSandbox, processes 
 	}
 	seen := map[string]bool{hostNetns: true}
 	var open []podNetns
+	var unseen []error
 	for _, s := range sandboxes {
-		path := strings.Replace(filepath.Clean(s.netnsPath), "/var/run/", "/run/", 1)
 		ips = append(slices.Clip(ips), s.ips...)
-		if inode, mounted := mounts[path]; mounted && !seen[inode] {
+		if s.netnsPath == "" {
+			continue // in the host's network namespace
+		}
+		path := strings.Replace(filepath.Clean(s.netnsPath), "/var/run/", "/run/", 1)
+		inode, mounted := mounts[path]
+		file := path
+		if below, ok := strings.CutPrefix(path, "/proc/"); ok && !mounted {
+			file = filepath.Join(h.Proc, below)
+			link, err := os.Readlink(file)
+			if err != nil && !gone(err) {
+				unseen = append(unseen, fmt.Errorf("network namespace %s: %w", path, err))
+			}
+			inode, mounted = link, err == nil
+		} else if !mounted && filepath.Dir(path) != netnsDir {
+			unseen = append(unseen, fmt.Errorf("network namespace %s of sandbox %s is not below %s, so it cannot be told whether it is open", path, sandbox.ShortID(s.id), netnsDir))
+		}
+		if mounted && !seen[inode] {
 			seen[inode] = true
-			open = append(open, podNetns{name: path, open: path, sandbox: s.id})
+			open = append(open, podNetns{name: path, open: file, sandbox: s.id})
 		}
 	}
 	for _, p := range processes {
@@ -68,7 +85,7 @@ func (h Host) namespaces(ctx context.Context, sandboxes []podSandbox, processes 
 			continue // it went while it was read; the next question will not find it
 		}
 		if err != nil {
-			return findings, fmt.Errorf("reading the addresses in network namespace %s: %w", ns.name, err)
+			unseen = append(unseen, fmt.Errorf("reading the addresses in network namespace %s: %w", ns.name, err))
 		}
 		for _, a := range assigned {
 			if slices.Contains(ips, a.ip) {
@@ -78,7 +95,7 @@ func (h Host) namespaces(ctx context.Context, sandboxes []podSandbox, processes 
 			}
 		}
 	}
-	return findings, nil
+	return findings, errors.Join(unseen...)
 }
 
 // namedNamespaces returns the network namespaces that are mounted on this node, from path to net:[INODE].
@@ -101,6 +118,10 @@ func (h Host) namedNamespaces() (map[string]string, error) {
 	}
 	if own != host && !slices.ContainsFunc(mounts, receivesNamespaces) {
 		return nil, fmt.Errorf("the node's %s is not mounted here with propagation from the host (mountPropagation: HostToContainer)", netnsDir)
+	}
+	if h.Proc == "/proc" && os.Getpid() == 1 {
+		// Then process 1, which stands for the host above, is this process itself.
+		return nil, errors.New("the agent has a PID namespace of its own (hostPID: true is missing)")
 	}
 	named := map[string]string{}
 	for _, m := range mounts {
@@ -138,39 +159,57 @@ type assignment struct {
 	device string
 }
 
-// assignedAddresses lists the addresses on all interfaces of the network namespace behind a file.
-func assignedAddresses(path string) ([]assignment, error) {
+// socketIn opens a netlink socket in the network namespace behind a file. A thread enters the namespace for that, and
+// leaves it again before anything else: a thread that stayed would keep the namespace, and the pod's address in it, alive
+// for as long as the agent runs. (Ending the thread instead is no way out, because Go never ends the main thread.)
+func socketIn(path string) (*netlink.Handle, error) {
 	type result struct {
-		addresses []assignment
-		err       error
+		handle *netlink.Handle
+		err    error
 	}
-	// The thread enters the namespace and is thrown away with the goroutine: no other code can ever run in it, also
-	// not when the way back fails.
 	done := make(chan result)
 	go func() {
 		runtime.LockOSThread()
-		addresses, err := enterAndList(path)
-		done <- result{addresses, err}
+		handle, back, err := enterAndOpen(path)
+		if back {
+			runtime.UnlockOSThread() // otherwise the thread ends with the goroutine, and no other code runs in the namespace
+		}
+		done <- result{handle, err}
 	}()
 	r := <-done
-	return r.addresses, r.err
+	return r.handle, r.err
 }
 
-func enterAndList(path string) ([]assignment, error) {
+// enterAndOpen does the work of socketIn on the calling thread; back says that the thread is where it was.
+func enterAndOpen(path string) (handle *netlink.Handle, back bool, err error) {
 	ns, err := netns.GetFromPath(path)
 	if err != nil {
-		return nil, err
+		return nil, true, err
 	}
 	defer ns.Close()
-	if err := netns.Set(ns); err != nil {
-		return nil, fmt.Errorf("entering: %w", err)
+	own, err := netns.Get()
+	if err != nil {
+		return nil, true, err
 	}
-	handle, err := netlink.NewHandle()
+	defer own.Close()
+	if err := netns.Set(ns); err != nil {
+		return nil, true, fmt.Errorf("entering: %w", err)
+	}
+	handle, err = netlink.NewHandle(unix.NETLINK_ROUTE)
+	if returned := netns.Set(own); returned != nil {
+		return handle, false, errors.Join(err, fmt.Errorf("leaving: %w", returned))
+	}
+	return handle, true, err
+}
+
+// assignedAddresses lists the addresses on all interfaces of the network namespace behind a file.
+func assignedAddresses(path string) ([]assignment, error) {
+	handle, err := socketIn(path)
 	if err != nil {
 		return nil, err
 	}
 	defer handle.Close()
-	links, err := handle.LinkList()
+	links, err := complete(handle.LinkList)
 	if err != nil {
 		return nil, fmt.Errorf("listing interfaces: %w", err)
 	}
@@ -178,7 +217,7 @@ func enterAndList(path string) ([]assignment, error) {
 	for _, link := range links {
 		names[link.Attrs().Index] = link.Attrs().Name
 	}
-	list, err := handle.AddrList(nil, netlink.FAMILY_ALL)
+	list, err := complete(func() ([]netlink.Addr, error) { return handle.AddrList(nil, netlink.FAMILY_ALL) })
 	if err != nil {
 		return nil, fmt.Errorf("listing addresses: %w", err)
 	}
@@ -191,4 +230,15 @@ func enterAndList(path string) ([]assignment, error) {
 		assigned = append(assigned, assignment{ip.Unmap(), names[a.LinkIndex]})
 	}
 	return assigned, nil
+}
+
+// complete lists until nothing has changed while it was listed, which the kernel tells (NLM_F_DUMP_INTR): an address that
+// is missing from an interrupted list may be there.
+func complete[T any](list func() ([]T, error)) ([]T, error) {
+	for {
+		items, err := list()
+		if !errors.Is(err, netlink.ErrDumpInterrupted) {
+			return items, err
+		}
+	}
 }

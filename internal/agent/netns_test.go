@@ -30,13 +30,42 @@ func requireRoot(t *testing.T) {
 
 var testAddress = netip.MustParseAddr("10.113.0.5")
 
+// away calls f on a thread that may change its namespaces, and takes the thread back afterwards: it could be the main
+// thread, which Go never ends.
+func away(t *testing.T, f func() error) {
+	t.Helper()
+	done := make(chan error)
+	go func() {
+		runtime.LockOSThread()
+		var errs []error
+		var back []func() error
+		for kind, flag := range map[string]int{"net": unix.CLONE_NEWNET, "mnt": unix.CLONE_NEWNS} {
+			fd, err := unix.Open("/proc/thread-self/ns/"+kind, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+			errs = append(errs, err)
+			back = append(back, func() error { return errors.Join(unix.Setns(fd, flag), unix.Close(fd)) })
+		}
+		// Threads share their working directory, and one that does cannot change its mounts, nor come back.
+		err := errors.Join(append(errs, unix.Unshare(unix.CLONE_FS))...)
+		if err == nil {
+			err = f()
+		}
+		for _, restore := range back {
+			err = errors.Join(err, restore())
+		}
+		done <- err // locked for good: but for the main thread, it ends here
+	}()
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+}
+
 // addAddress gives the loopback device of the calling thread's network namespace an address.
 func addAddress(address netip.Addr) error {
 	link, err := netlink.LinkByName("lo")
 	if err != nil {
 		return err
 	}
-	addr, err := netlink.ParseAddr(address.String() + "/32")
+	addr, err := netlink.ParseAddr(fmt.Sprintf("%s/%d", address, address.BitLen()))
 	if err != nil {
 		return err
 	}
@@ -47,18 +76,13 @@ func addAddress(address netip.Addr) error {
 func namedNamespace(t *testing.T, name string) (closeIt func()) {
 	t.Helper()
 	requireRoot(t)
-	done := make(chan error)
-	go func() {
-		runtime.LockOSThread() // for good: the thread ends with the goroutine
+	away(t, func() error {
 		ns, err := netns.NewNamed(name)
 		if err == nil {
 			err = errors.Join(addAddress(testAddress), ns.Close())
 		}
-		done <- err
-	}()
-	if err := <-done; err != nil {
-		t.Fatalf("making network namespace %s: %v", name, err)
-	}
+		return err
+	})
 	closed := false
 	closeIt = func() {
 		if !closed {
@@ -125,6 +149,7 @@ func TestNamespaceOfASandbox(t *testing.T) {
 
 func TestNamespaceThatOnlyAProcessHolds(t *testing.T) {
 	requireRoot(t)
+	ipv6 := netip.MustParseAddr("fd00:113::5")
 	cmd := exec.CommandContext(t.Context(), "sleep", "600")
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET}
 	if err := cmd.Start(); err != nil {
@@ -136,23 +161,19 @@ func TestNamespaceThatOnlyAProcessHolds(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	done := make(chan error)
-	go func() {
-		runtime.LockOSThread()
+	away(t, func() error {
 		ns, err := netns.GetFromPath(file)
 		if err == nil {
-			err = errors.Join(netns.Set(ns), addAddress(testAddress), ns.Close())
+			err = errors.Join(netns.Set(ns), addAddress(testAddress), addAddress(ipv6), ns.Close())
 		}
-		done <- err
-	}()
-	if err := <-done; err != nil {
-		t.Fatal(err)
-	}
+		return err
+	})
 	p := podProcess{Process: sandbox.Process{PID: cmd.Process.Pid}, netns: inode, netnsFile: file}
-	got, err := realHost.namespaces(t.Context(), nil, []podProcess{p, p}, []netip.Addr{testAddress})
+	got, err := realHost.namespaces(t.Context(), nil, []podProcess{p, p}, []netip.Addr{testAddress, ipv6})
 	want := []sandbox.Finding{
 		{Kind: sandbox.NetnsOpen, Netns: inode},
 		{Kind: sandbox.IPAssigned, Netns: inode, IP: testAddress, Interface: "lo"},
+		{Kind: sandbox.IPAssigned, Netns: inode, IP: ipv6, Interface: "lo"},
 	}
 	if err != nil || !reflect.DeepEqual(got, want) {
 		t.Errorf("got  %v (%v)\nwant %v", got, err, want)
@@ -175,6 +196,61 @@ func ignoreExit(err error) error {
 	return err
 }
 
+// A thread of the agent that stayed in a pod's namespace would keep the address alive, unseen by everybody.
+func TestTheThreadThatEntersANamespaceComesBack(t *testing.T) {
+	name := fmt.Sprintf("eni-guard-test-back-%d", os.Getpid())
+	namedNamespace(t, name)
+	runtime.LockOSThread()
+	before, err := os.Readlink("/proc/thread-self/ns/net")
+	if err != nil {
+		t.Fatal(err)
+	}
+	handle, back, err := enterAndOpen(filepath.Join(netnsDir, name))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer handle.Close()
+	after, err := os.Readlink("/proc/thread-self/ns/net")
+	if err != nil || !back || after != before {
+		t.Fatalf("the thread is in %s, came from %s, and is called back: %v (%v)", after, before, back, err)
+	}
+	runtime.UnlockOSThread()
+	addresses, err := handle.AddrList(nil, netlink.FAMILY_V4)
+	if err != nil || len(addresses) != 2 || addresses[1].IP.String() != testAddress.String() {
+		t.Errorf("the socket is not in the namespace: it lists %v (%v)", addresses, err)
+	}
+}
+
+// Where the runtime names a path that cannot be looked at, not finding it mounted proves nothing.
+func TestNamespacePathsElsewhere(t *testing.T) {
+	self := fmt.Sprintf("/proc/%d/ns/net", os.Getpid())
+	for _, test := range []struct {
+		name, path string
+		findings   int
+		want       string
+	}{
+		{"of a process that is gone", "/proc/4194999/ns/net", 0, ""},
+		{"of a process in the host's namespace", self, 0, ""},
+		{"in another directory", "/var/run/docker/netns/x", 0, "network namespace /run/docker/netns/x of sandbox s1 is not below /run/netns"},
+		{"none", "", 0, ""},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			host, err := realHost.namespace("net")
+			if err != nil {
+				t.Fatal(err)
+			}
+			own, err := os.Readlink("/proc/self/ns/net")
+			if err != nil || own != host {
+				t.Fatalf("this test must run in the host's network namespace (%v)", err)
+			}
+			got, err := realHost.namespaces(t.Context(), []podSandbox{{id: "s1", netnsPath: test.path}}, nil, nil)
+			if len(got) != test.findings || (err == nil) != (test.want == "") || err != nil && !strings.Contains(err.Error(), test.want) {
+				t.Errorf("got %v, %v", got, err)
+			}
+		})
+	}
+}
+
 // The host's own network namespace is not a pod's, whatever process of the pod is in it.
 func TestTheHostsOwnNamespaceIsNoFinding(t *testing.T) {
 	host, err := realHost.namespace("net")
@@ -192,24 +268,17 @@ func TestMountsThatDoNotFollowTheHostProveNothing(t *testing.T) {
 	requireRoot(t)
 	name := fmt.Sprintf("eni-guard-test-private-%d", os.Getpid())
 	namedNamespace(t, name)
-	type result struct {
-		named map[string]string
-		err   error
-	}
-	done := make(chan result)
-	go func() {
-		runtime.LockOSThread() // for good: the thread keeps its mount namespace to itself
-		if err := errors.Join(unix.Unshare(unix.CLONE_NEWNS), unix.Mount("", "/", "", unix.MS_PRIVATE|unix.MS_REC, "")); err != nil {
-			done <- result{err: err}
-			return
+	var named map[string]string
+	var refusal error
+	away(t, func() error {
+		err := errors.Join(unix.Unshare(unix.CLONE_NEWNS), unix.Mount("", "/", "", unix.MS_PRIVATE|unix.MS_REC, ""))
+		if err == nil {
+			named, refusal = realHost.namedNamespaces()
 		}
-		var r result
-		r.named, r.err = Host{Proc: "/proc"}.namedNamespaces()
-		done <- r
-	}()
-	r := <-done
-	if r.err == nil || !strings.Contains(r.err.Error(), "mountPropagation: HostToContainer") {
-		t.Errorf("got %v (%v)", r.named, r.err)
+		return err
+	})
+	if refusal == nil || !strings.Contains(refusal.Error(), "mountPropagation: HostToContainer") {
+		t.Errorf("got %v (%v)", named, refusal)
 	}
 }
 

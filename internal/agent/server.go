@@ -88,7 +88,7 @@ func writeJSON(w http.ResponseWriter, status int, body any) {
 	_ = json.NewEncoder(w).Encode(body)
 }
 
-// noPod is a UID that no pod has: looking for it exercises every probe and must find nothing.
+// noPod is a UID that no pod has: looking for it runs every probe and must find nothing.
 const noPod = "00000000-0000-0000-0000-000000000000"
 
 // HealthHandler serves /healthz (the agent runs) and /readyz (every probe can look).
@@ -101,6 +101,14 @@ func HealthHandler(inspector *Inspector) http.Handler {
 		ctx, cancel := context.WithTimeout(r.Context(), defaultTimeout)
 		defer cancel()
 		report := inspector.Inspect(ctx, sandbox.Query{Node: inspector.node, UID: noPod})
+		// No probe had a namespace to enter; the agent's own needs the same privilege.
+		handle, err := socketIn("/proc/thread-self/ns/net")
+		if err != nil {
+			report.Probes = append(report.Probes, sandbox.Probe{Name: sandbox.ProbeNetns, Error: err.Error()})
+			writeJSON(w, http.StatusServiceUnavailable, report)
+			return
+		}
+		handle.Close()
 		if report.Verdict() != sandbox.Released {
 			writeJSON(w, http.StatusServiceUnavailable, report)
 			return
