@@ -117,7 +117,7 @@ func run[T any](ctx context.Context, slots chan struct{}, probe func() (T, error
 	select {
 	case slots <- struct{}{}:
 	case <-ctx.Done():
-		return none, fmt.Errorf("%d earlier runs of it still hang", cap(slots))
+		return none, fmt.Errorf("%d other runs of it have not come back", cap(slots))
 	}
 	done := make(chan result, 1)
 	go func() {

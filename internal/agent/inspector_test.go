@@ -120,7 +120,7 @@ func TestAProbeThatHangsIsReportedAndDoesNotPileUp(t *testing.T) {
 		if report.Verdict() != sandbox.Bound || len(report.Probes) != 3 {
 			t.Errorf("got %+v", report)
 		}
-		if failure := fmt.Sprint(report.Failures()); strings.Contains(failure, "earlier runs of it still hang") {
+		if failure := fmt.Sprint(report.Failures()); strings.Contains(failure, "other runs of it have not come back") {
 			late++
 		} else if !strings.Contains(failure, `"runtime" did not run: no answer after 1`) || strings.Contains(failure, "netns") {
 			t.Errorf("failures %s", failure)

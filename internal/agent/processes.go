@@ -34,8 +34,8 @@ type podProcess struct {
 
 // podCgroup matches the directory of any pod's cgroup: pod<UID> with the cgroupfs driver,
 // kubepods-<class>-pod<UID with underscores>.slice with systemd's (kubelet: pkg/kubelet/cm, GetPodContainerNameForDriver).
-// Static pods have a hash without dashes as UID.
-var podCgroup = regexp.MustCompile(`^(?:kubepods(?:-[a-z]+)?-)?pod([0-9a-f]{8}(?:[-_][0-9a-f]{4}){3}[-_][0-9a-f]{12}|[0-9a-f]{32})(?:\.slice)?$`)
+// Static pods have a hash without dashes as UID. Below a cgroup root of the kubelet's own, systemd's names start with that root's.
+var podCgroup = regexp.MustCompile(`^(?:[a-z0-9_.-]+-)?pod([0-9a-f]{8}(?:[-_][0-9a-f]{4}){3}[-_][0-9a-f]{12}|[0-9a-f]{32})(?:\.slice)?$`)
 
 // processes returns the live processes in the cgroups of a pod. With cgroup version 1 a process counts when it is in
 // the pod's group of any hierarchy: moving it out of one does not hide it.
@@ -58,19 +58,20 @@ func (h Host) processes(ctx context.Context, uid string) ([]podProcess, error) {
 	}
 	boot := time.Unix(int64(kernel.BootTime), 0) //nolint:gosec // seconds since 1970
 	var found []podProcess
+	var unread []error
 	for _, pid := range pids {
 		if ctx.Err() != nil {
 			return found, ctx.Err()
 		}
 		p, alive, err := h.process(proc, pid, boot)
 		if err != nil {
-			return nil, err
+			unread = append(unread, err)
 		}
 		if alive {
 			found = append(found, p)
 		}
 	}
-	return found, nil
+	return found, errors.Join(unread...)
 }
 
 // podCgroups finds the directories of a pod's cgroup in all hierarchies. It does not descend into the groups of pods,
@@ -154,7 +155,7 @@ func cgroupPIDs(ctx context.Context, groups []string) ([]int, error) {
 	return slices.Compact(pids), nil
 }
 
-// process reads one process. It reads only files that the kernel answers without the process's memory lock, which a
+// process reads one process; alive is true also beside an error, when a live thread was seen before. It reads only files that the kernel answers without the process's memory lock, which a
 // stuck process may hold for ever: stat, wchan and the namespace link, never cmdline or environ.
 func (h Host) process(proc procfs.FS, pid int, boot time.Time) (p podProcess, alive bool, err error) {
 	threads, err := proc.AllThreads(pid)
@@ -170,7 +171,7 @@ func (h Host) process(proc procfs.FS, pid int, boot time.Time) (p podProcess, al
 			continue
 		}
 		if err != nil {
-			return podProcess{}, false, fmt.Errorf("state of process %d: %w", pid, err)
+			return p, alive, fmt.Errorf("state of process %d: %w", pid, err)
 		}
 		// A zombie, and a thread that is dead already, has let go of its namespaces (kernel/exit.c, do_exit).
 		if stat.State == "Z" || stat.State == "X" || stat.State == "x" {
@@ -190,7 +191,7 @@ func (h Host) process(proc procfs.FS, pid int, boot time.Time) (p podProcess, al
 		// The namespace of a leader that is dead already can no longer be read; that of its live thread can.
 		p.netnsFile = h.task(pid, thread.PID, "ns/net")
 		if p.netns, err = os.Readlink(p.netnsFile); err != nil && !gone(err) {
-			return podProcess{}, false, fmt.Errorf("network namespace of process %d: %w", pid, err)
+			return p, alive, fmt.Errorf("network namespace of process %d: %w", pid, err)
 		}
 		if stat.State == "D" {
 			break

@@ -191,6 +191,21 @@ func TestProcessesOfWhatIsNotTheHost(t *testing.T) {
 	}
 }
 
+// What was seen before something could not be read is evidence all the same.
+func TestProcessesBesideOneThatCannotBeRead(t *testing.T) {
+	h := newRecordedHost(t)
+	h.group("kubepods/pod"+podUID+"/c1", pid, pid+1)
+	h.thread(pid, "java", "D", "nfs_wait", "net:[7]")
+	h.write(h.Proc, fmt.Sprintf("%d/task/%d/stat", pid+1, pid+1), "garbage")
+	found, err := h.processes(t.Context(), podUID)
+	if err == nil || !strings.Contains(err.Error(), fmt.Sprintf("process %d", pid+1)) {
+		t.Errorf("got error %v", err)
+	}
+	if len(found) != 1 || found[0].PID != pid || found[0].State != "D" {
+		t.Errorf("got %+v", found)
+	}
+}
+
 func TestPodCgroupNames(t *testing.T) {
 	static := "0a1b2c3d4e5f60718293a4b5c6d7e8f9"
 	for name, uid := range map[string]string{
@@ -198,6 +213,7 @@ func TestPodCgroupNames(t *testing.T) {
 		"pod" + static:                     static,
 		"kubepods-pod" + static + ".slice": static,
 		"kubepods-burstable-pod" + strings.ReplaceAll(podUID, "-", "_") + ".slice": podUID,
+		"kubelet-kubepods-pod" + strings.ReplaceAll(podUID, "-", "_") + ".slice":   podUID,
 		"kubepods":            "",
 		"pods":                "",
 		"podman":              "",

@@ -53,14 +53,8 @@ func NewRuntime(path string) (*Runtime, error) {
 // Close ends the connection.
 func (r *Runtime) Close() error { return r.conn.Close() }
 
-// Version asks the runtime for its name and version: a call that fails when it cannot be reached.
-func (r *Runtime) Version(ctx context.Context) error {
-	_, err := r.client.Version(ctx, &runtimeapi.VersionRequest{})
-	return runtimeError(err)
-}
-
-// pod returns the sandboxes of a pod UID, ready or not, and its running containers. It never filters by state: a
-// sandbox that is not ready may still have its namespace.
+// pod returns the sandboxes of a pod UID, ready or not, and its running containers; beside an error, those that could be
+// read. It never filters by state: a sandbox that is not ready may still have its namespace.
 func (r *Runtime) pod(ctx context.Context, uid string) ([]podSandbox, []podContainer, error) {
 	selector := map[string]string{podUIDLabel: uid}
 	list, err := r.client.ListPodSandbox(ctx, &runtimeapi.ListPodSandboxRequest{
@@ -70,13 +64,14 @@ func (r *Runtime) pod(ctx context.Context, uid string) ([]podSandbox, []podConta
 		return nil, nil, runtimeError(err)
 	}
 	var sandboxes []podSandbox
+	var unread []error
 	for _, item := range list.GetItems() {
 		s, err := r.sandbox(ctx, item.GetId())
 		if status.Code(err) == codes.NotFound {
 			continue // removed since it was listed
 		}
 		if err != nil {
-			return nil, nil, runtimeError(err)
+			unread = append(unread, runtimeError(err))
 		}
 		sandboxes = append(sandboxes, s)
 	}
@@ -84,7 +79,7 @@ func (r *Runtime) pod(ctx context.Context, uid string) ([]podSandbox, []podConta
 		Filter: &runtimeapi.ContainerFilter{LabelSelector: selector},
 	})
 	if err != nil {
-		return nil, nil, runtimeError(err)
+		return sandboxes, nil, errors.Join(append(unread, runtimeError(err))...)
 	}
 	var running []podContainer
 	for _, c := range containers.GetContainers() {
@@ -93,18 +88,20 @@ func (r *Runtime) pod(ctx context.Context, uid string) ([]podSandbox, []podConta
 			running = append(running, podContainer{id: c.GetId(), name: c.GetMetadata().GetName(), sandboxID: c.GetPodSandboxId()})
 		}
 	}
-	return sandboxes, running, nil
+	return sandboxes, running, errors.Join(unread...)
 }
 
 func (r *Runtime) sandbox(ctx context.Context, id string) (podSandbox, error) {
 	response, err := r.client.PodSandboxStatus(ctx, &runtimeapi.PodSandboxStatusRequest{PodSandboxId: id, Verbose: true})
 	if err != nil {
-		return podSandbox{}, err
+		return podSandbox{id: id}, err
 	}
 	s := podSandbox{id: id, ready: response.GetStatus().GetState() == runtimeapi.PodSandboxState_SANDBOX_READY}
-	if s.netnsPath, err = netnsPath(response.GetInfo()["info"]); err != nil {
-		return podSandbox{}, fmt.Errorf("sandbox %s: %w", sandbox.ShortID(id), err)
+	path, err := netnsPath(response.GetInfo()["info"])
+	if err != nil {
+		err = fmt.Errorf("sandbox %s: %w", sandbox.ShortID(id), err)
 	}
+	s.netnsPath = path
 	network := response.GetStatus().GetNetwork()
 	for _, text := range append([]string{network.GetIp()}, additionalIPs(network)...) {
 		// A sandbox that is not ready has no address any more; the field is then empty.
@@ -112,7 +109,7 @@ func (r *Runtime) sandbox(ctx context.Context, id string) (podSandbox, error) {
 			s.ips = append(s.ips, ip.Unmap())
 		}
 	}
-	return s, nil
+	return s, err
 }
 
 func additionalIPs(network *runtimeapi.PodSandboxNetworkStatus) []string {

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"time"
+	"unicode"
 )
 
 // Verdict says whether a pod still has anything on its node. The zero value is no verdict and decides nothing.
@@ -222,7 +223,7 @@ func (f Finding) String() string {
 }
 
 func (p Process) String() string {
-	text := fmt.Sprintf("%d (%s) is in state %s", p.PID, p.Command, p.State)
+	text := fmt.Sprintf("%d (%s) is in state %s", p.PID, printable(p.Command), p.State)
 	if p.Uninterruptible() {
 		text += " (uninterruptible sleep)"
 	}
@@ -230,6 +231,16 @@ func (p Process) String() string {
 		text += " in " + p.WaitChannel
 	}
 	return text
+}
+
+// printable replaces what would break a line or steer a terminal: a process chooses its own name.
+func printable(text string) string {
+	return strings.Map(func(r rune) rune {
+		if unicode.IsPrint(r) {
+			return r
+		}
+		return '?'
+	}, text)
 }
 
 // ShortID shortens a runtime's ID to the 13 characters that crictl prints.

@@ -78,6 +78,7 @@ func TestFindingInPlainWords(t *testing.T) {
 		"process 42 (cat) is in state D (uninterruptible sleep) in request_wait_answer": {
 			Kind: ProcessAlive, Process: &Process{PID: 42, Command: "cat", State: "D", WaitChannel: "request_wait_answer"}},
 		"process 42 (cat) is in state R":                                    {Kind: ProcessAlive, Process: &Process{PID: 42, Command: "cat", State: "R"}},
+		"process 42 (a?b?[2Kc) is in state R":                               {Kind: ProcessAlive, Process: &Process{PID: 42, Command: "a\nb\x1b[2Kc", State: "R"}},
 		"a process is alive":                                                {Kind: ProcessAlive},
 		"container web (0123456789abc) is running":                          {Kind: ContainerRunning, ContainerName: "web", Container: "0123456789abcdef"},
 		"sandbox 0123456789abc is ready":                                    {Kind: SandboxReady, Sandbox: "0123456789abcdef"},
