@@ -47,12 +47,17 @@ func advice(r *removal, d decision) string {
 	var steps []string
 	if d.reason == ReasonBound {
 		steps = append(steps, "Removing the pod now would free its address while it is in use.")
-		if r.pod.DeletionTimestamp == nil {
-			steps = append(steps, fmt.Sprintf("Use `kubectl delete pod %s -n %s --now`: the pod then goes as soon as its node has let go of it.", r.pod.Name, r.pod.Namespace))
-		} else {
+		switch {
+		case r.pod.DeletionTimestamp != nil:
 			steps = append(steps, "It is being deleted already and goes by itself as soon as its node has let go of it.")
+		case terminal(r.pod):
+			// For the API server every delete of such a pod is a forced one, --now too.
+			steps = append(steps, "It has finished, and its node is about to let go of it: try again in a moment.")
+		default:
+			steps = append(steps, fmt.Sprintf("Use `kubectl delete pod %s -n %s --now`: the pod then goes as soon as its node has let go of it.", r.pod.Name, r.pod.Namespace))
 		}
-		if p := d.report.Findings[0].Process; p != nil && p.Uninterruptible() {
+		// Any process is in state D for moments; one that was told to end and still is, is stuck.
+		if p := d.report.Findings[0].Process; p != nil && p.Uninterruptible() && r.pod.DeletionTimestamp != nil {
 			steps = append(steps, "No signal ends a process in state D: what it waits for must be mended, or the node rebooted.")
 		}
 		return strings.Join(steps, " ")

@@ -88,13 +88,18 @@ func removesNow(pod *corev1.Pod, grace *int64) bool {
 		own := pod.DeletionGracePeriodSeconds
 		return own == nil || *own == 0 || grace != nil && *grace == 0
 	}
-	if pod.Spec.NodeName == "" || pod.Status.Phase == corev1.PodFailed || pod.Status.Phase == corev1.PodSucceeded {
+	if pod.Spec.NodeName == "" || terminal(pod) {
 		return true
 	}
 	if grace == nil {
 		grace = pod.Spec.TerminationGracePeriodSeconds
 	}
 	return grace == nil || *grace == 0
+}
+
+// terminal says whether the pod has ended for good.
+func terminal(pod *corev1.Pod) bool {
+	return pod.Status.Phase == corev1.PodFailed || pod.Status.Phase == corev1.PodSucceeded
 }
 
 // query is what an agent is asked about the pod.
@@ -115,9 +120,13 @@ func podIPs(pod *corev1.Pod) []netip.Addr {
 	return ips
 }
 
-// containersTerminated says whether the kubelet has reported every container of the pod, of every kind, terminated. The
-// phase alone does not say so: controllers write phases too.
+// containersTerminated says whether the kubelet has reported every container of the pod, of every kind, terminated, and
+// will start none again. The phase alone does not say so, because controllers write phases too; the containers alone
+// neither, because between two starts of a container it is terminated as well.
 func containersTerminated(pod *corev1.Pod) bool {
+	if !terminal(pod) && pod.DeletionTimestamp == nil {
+		return false
+	}
 	statuses := slices.Concat(pod.Status.InitContainerStatuses, pod.Status.ContainerStatuses, pod.Status.EphemeralContainerStatuses)
 	expected := len(pod.Spec.InitContainers) + len(pod.Spec.Containers) + len(pod.Spec.EphemeralContainers)
 	return expected > 0 && len(statuses) == expected &&

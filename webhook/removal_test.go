@@ -168,6 +168,7 @@ func TestContainersTerminated(t *testing.T) {
 		{"one is reported without a state", []corev1.ContainerStatus{ended, {}}, []corev1.ContainerStatus{ended}, corev1.PodFailed, false},
 		{"an init container that stays, as a sidecar, runs", []corev1.ContainerStatus{ended, ended}, []corev1.ContainerStatus{running}, corev1.PodFailed, false},
 		{"the phase alone says nothing", nil, nil, corev1.PodFailed, false},
+		{"between two starts of its containers", []corev1.ContainerStatus{ended, ended}, []corev1.ContainerStatus{ended}, corev1.PodRunning, false},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			pod := runningPod(phase(test.phase))
@@ -179,7 +180,18 @@ func TestContainersTerminated(t *testing.T) {
 			}
 		})
 	}
-	if containersTerminated(&corev1.Pod{}) {
+	last := runningPod(terminating(new(int64(30))))
+	last.Status.ContainerStatuses = []corev1.ContainerStatus{ended}
+	if !containersTerminated(last) {
+		t.Error("a terminating pod whose containers have ended, and start no more, does not count as terminated")
+	}
+	debugged := runningPod(phase(corev1.PodFailed), func(p *corev1.Pod) { p.Spec.EphemeralContainers = make([]corev1.EphemeralContainer, 1) })
+	debugged.Status.ContainerStatuses = []corev1.ContainerStatus{ended}
+	debugged.Status.EphemeralContainerStatuses = []corev1.ContainerStatus{running}
+	if containersTerminated(debugged) {
+		t.Error("a pod with a running ephemeral container counts as terminated")
+	}
+	if containersTerminated(&corev1.Pod{Status: corev1.PodStatus{Phase: corev1.PodFailed}}) {
 		t.Error("a pod without containers counts as terminated")
 	}
 }

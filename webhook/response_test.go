@@ -40,6 +40,8 @@ func TestMessages(t *testing.T) {
 	}{
 		"bound-process-in-state-D": {runningPod(terminating(new(int64(30)))), evidence{report: allProbes(stuck()...)}},
 		"bound-running":            {runningPod(), evidence{report: allProbes(stuck()[1:]...)}},
+		"bound-finished":           {runningPod(phase(corev1.PodSucceeded)), evidence{report: allProbes(stuck()[3:]...)}},
+		"bound-reading-a-disk":     {runningPod(), evidence{report: allProbes(stuck()...)}},
 		"bound-sandbox-only":       {runningPod(), evidence{report: allProbes(stuck()[3:]...)}},
 		"bound-namespace-only":     {runningPod(), evidence{report: allProbes(sandbox.Finding{Kind: sandbox.NetnsOpen, Netns: "net:[4026532178]"})}},
 		"no-answer":                {runningPod(), evidence{failure: "the agent of node node-a did not answer within 5s at 192.0.2.7:9807"}},
@@ -148,6 +150,13 @@ func TestAnnotationsStayWithinLimits(t *testing.T) {
 		if len(value) > 4096 {
 			t.Errorf("the value of %q has %d bytes", key, len(value))
 		}
+	}
+}
+
+func TestEvidenceSaysWhatIsNotKnown(t *testing.T) {
+	got := respond(&removal{path: PathDelete, pod: runningPod()}, decide(evidence{report: failedProbe()})).AuditAnnotations["evidence"]
+	if want := `the probe "runtime" did not run: container runtime: connection refused`; got != want {
+		t.Errorf("got %q, want %q", got, want)
 	}
 }
 

@@ -13,12 +13,16 @@ import (
 	"github.com/go-logr/logr"
 	"github.com/go-logr/logr/funcr"
 	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/testutil"
 	admissionv1 "k8s.io/api/admission/v1"
+	authenticationv1 "k8s.io/api/authentication/v1"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/client/fake"
 
+	"github.com/eni-guard/eni-guard/internal/mtls"
+	"github.com/eni-guard/eni-guard/internal/mtls/mtlstest"
 	"github.com/eni-guard/eni-guard/internal/sandbox"
 )
 
@@ -121,6 +125,59 @@ func TestMethodMustBePost(t *testing.T) {
 	}
 }
 
+// ended is a pod whose containers the kubelet has reported terminated.
+func ended() *corev1.Pod {
+	return runningPod(phase(corev1.PodSucceeded), func(p *corev1.Pod) {
+		p.Status.ContainerStatuses = []corev1.ContainerStatus{{State: corev1.ContainerState{Terminated: &corev1.ContainerStateTerminated{}}}}
+	})
+}
+
+func TestTheKubeletOfThePodsNodeIsRecognisedByNameAndGroup(t *testing.T) {
+	request := deleteRequest(t, runningPod(), new(int64(0)))
+	request.UserInfo = authenticationv1.UserInfo{Username: "system:node:node-a", Groups: []string{"system:nodes", "system:authenticated"}}
+	response, err := newGuard(finds(stuck()...), nodeA()).review(t.Context(), logr.Discard(), request)
+	if err != nil || !response.Allowed || response.AuditAnnotations["reason"] != string(ReasonOwnKubelet) {
+		t.Errorf("got %+v (%v)", response, err)
+	}
+}
+
+func TestEveryDecisionIsCounted(t *testing.T) {
+	guard := newGuard(finds(stuck()...), nodeA())
+	for range 2 {
+		post(t, guard, ReviewPath, "application/json", reviewBody(t, deleteRequest(t, runningPod(), new(int64(0)))))
+	}
+	if n := testutil.ToFloat64(guard.decisions.WithLabelValues("deny", "denied", "bound", "delete")); n != 2 {
+		t.Errorf("counted %v, want 2", n)
+	}
+}
+
+func TestOptionsNameTheFlagThatIsWrong(t *testing.T) {
+	serving, asking := t.TempDir(), t.TempDir()
+	authority := mtlstest.NewAuthority(t)
+	authority.Issue(t, serving, "webhook", time.Hour)
+	authority.Issue(t, asking, mtls.WebhookName, time.Hour)
+	valid := options{port: 1, agentPort: 2, healthAddress: ":3", metricsAddress: ":4", tlsDir: serving, agentTLSDir: asking, agentTimeout: time.Second}
+	if err := valid.validate(); err != nil {
+		t.Fatal(err)
+	}
+	for want, change := range map[string]func(*options){
+		"--port 0 is not":              func(o *options) { o.port = 0 },
+		"--agent-port 65536 is not":    func(o *options) { o.agentPort = 65536 },
+		"--health-address: ":           func(o *options) { o.healthAddress = "1.2.3.4" },
+		"--metrics-address: ":          func(o *options) { o.metricsAddress = "" },
+		"--agent-timeout 26s is not":   func(o *options) { o.agentTimeout = 26 * time.Second },
+		"--agent-timeout 999ms is not": func(o *options) { o.agentTimeout = 999 * time.Millisecond },
+		"--tls-dir: ":                  func(o *options) { o.tlsDir = t.TempDir() },
+		"--agent-tls-dir: ":            func(o *options) { o.agentTLSDir = t.TempDir() },
+	} {
+		o := valid
+		change(&o)
+		if err := o.validate(); err == nil || !strings.HasPrefix(err.Error(), want) {
+			t.Errorf("got %v, want %q", err, want)
+		}
+	}
+}
+
 func TestReviews(t *testing.T) {
 	silent := func(context.Context, string, sandbox.Query) (sandbox.Report, error) {
 		return sandbox.Report{}, errors.New("did not answer within 5s at 192.0.2.7:9807")
@@ -143,6 +200,8 @@ func TestReviews(t *testing.T) {
 		{"the node is gone", newGuard(nil), runningPod(), new(int64(0)), true, "allowed", ReasonNodeGone, 0},
 		{"no answer, out of service", newGuard(silent, nodeA(outOfServiceTaint)), runningPod(), new(int64(0)), true, "allowed", ReasonNodeOutOfService, 0},
 		{"out of service, but still bound", newGuard(finds(stuck()...), nodeA(outOfServiceTaint)), runningPod(), new(int64(0)), false, "denied", ReasonBound, 409},
+		{"no answer, but the kubelet saw it end", newGuard(silent, nodeA()), ended(), nil, true, "allowed", ReasonContainersTerminated, 0},
+		{"no answer about a pod that only its phase calls ended", newGuard(silent, nodeA()), runningPod(phase(corev1.PodFailed)), nil, false, "denied", ReasonNoAnswer, 409},
 		{"the node has no address", newGuard(nil, nodeA(func(n *corev1.Node) { n.Status.Addresses = nil })), runningPod(), new(int64(0)), false, "denied", ReasonNoAnswer, 409},
 	} {
 		t.Run(test.name, func(t *testing.T) {
