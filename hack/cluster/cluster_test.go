@@ -63,7 +63,7 @@ func machine(t *testing.T) map[string][]string {
 	for _, m := range mounts {
 		state["mounts"] = append(state["mounts"], m.Mountpoint+" "+m.FSType+" "+m.Optional)
 	}
-	links, err := netlink.LinkList()
+	links, err := listLinks()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -92,15 +92,19 @@ func machine(t *testing.T) map[string][]string {
 		found, _ := filepath.Glob(pattern)
 		state["network namespaces"] = append(state["network namespaces"], found...)
 	}
-	for _, pattern := range []string{"/run/eni-guard*", "/var/lib/eni-guard*"} {
+	for _, pattern := range append([]string{
+		"/run/eni-guard*", "/var/lib/eni-guard*", "/var/lib/cni/results/*", "/var/log/containers/*", "/run/containerd/*/*",
+	}, foreignDirs...) {
 		found, _ := filepath.Glob(pattern)
-		state["directories"] = append(state["directories"], found...)
+		state["files"] = append(state["files"], found...)
 	}
-	forward, err := os.ReadFile(ipForwardSysctl)
-	if err != nil {
-		t.Fatal(err)
+	for _, file := range sysctls {
+		value, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		state["sysctls"] = append(state["sysctls"], file+"="+strings.TrimSpace(string(value)))
 	}
-	state["ip_forward"] = []string{string(forward)}
 	for _, p := range markedProcesses() {
 		state["processes"] = append(state["processes"], p.argv0)
 	}
@@ -273,6 +277,27 @@ func readStuck(t *testing.T) {
 	})
 	if err := errors.Join(err, reader.Process.Kill()); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// A reboot empties /run and keeps /var/lib: a new cluster must not start on the state of the old one.
+func TestUpAfterAReboot(t *testing.T) {
+	mustRun(t, "down")
+	for _, start := range []string{"up", "down"} {
+		if err := os.MkdirAll(dataDir+"/etcd/member", 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(dataDir+"/eni-sim", []byte("old"), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		mustRun(t, start)
+		if content, err := os.ReadFile(dataDir + "/eni-sim"); err == nil {
+			t.Errorf("after %s the old state is still there: %q", start, content)
+		}
+		mustRun(t, "down")
+	}
+	if _, err := os.Stat(dataDir); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("%s is still there (%v)", dataDir, err)
 	}
 }
 

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -33,11 +34,11 @@ func down(ctx context.Context) error {
 	}
 	state, err := readHostState()
 	if errors.Is(err, os.ErrNotExist) {
-		if len(markedProcesses()) == 0 {
+		if len(markedProcesses()) == 0 && len(clusterCgroups()) == 0 {
 			say("no cluster is running")
-			return nil
+			return os.RemoveAll(dataDir) // of one before the last reboot
 		}
-		state = &hostState{IPForward: "", NetnsMounted: false}
+		state = &hostState{}
 	} else if err != nil {
 		return err
 	}
@@ -51,7 +52,7 @@ func down(ctx context.Context) error {
 		removeLinks(state),
 		removeTables(ctx),
 		removeCgroups(ctx),
-		restoreForwarding(state),
+		restoreSysctls(state),
 	)
 	if err != nil {
 		return fmt.Errorf("not everything could be removed (run `make cluster-down` again): %w", err)
@@ -61,7 +62,7 @@ func down(ctx context.Context) error {
 			err = errors.Join(err, os.RemoveAll(filepath.Join(state.Config.Repo, ".cluster", name)))
 		}
 	}
-	if err := errors.Join(err, removeLogLinks(), os.RemoveAll(dataDir), os.RemoveAll(runDir)); err != nil {
+	if err := errors.Join(err, removeForeignFiles(state), os.RemoveAll(dataDir), os.RemoveAll(runDir)); err != nil {
 		return err
 	}
 	say("the cluster is gone; logs and audit log stay in .cluster")
@@ -250,9 +251,9 @@ func removeNetns(state *hostState) error {
 
 // removeLinks removes the bridge and the host sides of the pods' veth pairs.
 func removeLinks(state *hostState) error {
-	links, err := netlink.LinkList()
+	links, err := listLinks()
 	if err != nil {
-		return fmt.Errorf("listing network devices: %w", err)
+		return err
 	}
 	var errs []error
 	for _, link := range links {
@@ -282,22 +283,44 @@ func removeTables(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
-func restoreForwarding(state *hostState) error {
-	if state.IPForward == "" {
-		return nil
+func restoreSysctls(state *hostState) error {
+	var errs []error
+	for file, value := range state.Sysctls {
+		errs = append(errs, os.WriteFile(file, []byte(value), 0o644))
 	}
-	return os.WriteFile(ipForwardSysctl, []byte(state.IPForward), 0o644)
+	return errors.Join(errs...)
 }
 
-// removeLogLinks removes the links to container logs that the kubelet keeps in /var/log/containers.
-func removeLogLinks() error {
+// removeForeignFiles removes what the daemons left outside the cluster's own directories: whole directories where there
+// were none before, and what can be told apart in the others.
+func removeForeignFiles(state *hostState) error {
+	var errs []error
+	for _, dir := range state.DirsMade {
+		errs = append(errs, os.RemoveAll(dir))
+	}
+	results, _ := filepath.Glob("/var/lib/cni/results/eni-sim-*")
+	for _, file := range results {
+		id, _, _ := strings.Cut(strings.TrimPrefix(filepath.Base(file), "eni-sim-"), "-")
+		loopback, _ := filepath.Glob("/var/lib/cni/results/cni-loopback-" + id + "-*")
+		for _, file := range append(loopback, file) {
+			errs = append(errs, os.Remove(file))
+		}
+	}
 	links, _ := filepath.Glob("/var/log/containers/*")
 	for _, link := range links {
 		if target, err := os.Readlink(link); err == nil && strings.HasPrefix(target, dataDir+"/") {
-			if err := os.Remove(link); err != nil {
-				return err
-			}
+			errs = append(errs, os.Remove(link))
 		}
 	}
-	return nil
+	// A shim that was killed leaves its socket, and nothing in that tells whose it was. Nobody listens on a dead one.
+	sockets, _ := filepath.Glob(shimSockets + "/*")
+	for _, socket := range sockets {
+		conn, err := (&net.Dialer{Timeout: time.Second}).Dial("unix", socket)
+		if err == nil {
+			errs = append(errs, conn.Close())
+		} else if errors.Is(err, unix.ECONNREFUSED) {
+			errs = append(errs, os.Remove(socket))
+		}
+	}
+	return errors.Join(errs...)
 }

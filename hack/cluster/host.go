@@ -19,6 +19,7 @@ const (
 	hostStateFile   = runDir + "/host.json"
 	cgroupMount     = "/sys/fs/cgroup"
 	ipForwardSysctl = "/proc/sys/net/ipv4/ip_forward"
+	shimSockets     = "/run/containerd/s"
 	// vethPrefix starts the name of every host side of a pod's veth pair, as Terway names it.
 	vethPrefix = "cali"
 	// netnsPrefix starts the name of every network namespace that containerd makes for CNI.
@@ -28,6 +29,19 @@ const (
 // proxyTables are the nftables tables of kube-proxy in nftables mode.
 var proxyTables = [][]string{{"ip", "kube-proxy"}, {"ip6", "kube-proxy"}}
 
+// sysctls are the kernel settings that up or a kubelet changes (kubelet: setupKernelTunables).
+var sysctls = []string{
+	ipForwardSysctl,
+	"/proc/sys/vm/overcommit_memory", "/proc/sys/vm/panic_on_oom", "/proc/sys/kernel/panic", "/proc/sys/kernel/panic_on_oops",
+	"/proc/sys/kernel/keys/root_maxkeys", "/proc/sys/kernel/keys/root_maxbytes",
+}
+
+// foreignDirs are directories outside the cluster's own that its daemons make: libcni's cache, containerd's shims and
+// plugins, the kubelet's plugins and links to logs.
+var foreignDirs = []string{
+	"/var/lib/cni", "/run/containerd", "/opt/containerd", "/usr/libexec/kubernetes", "/var/lib/kubelet", "/var/log/containers",
+}
+
 // hostState remembers what the machine was like before the cluster, so that down can put it back and touches nothing
 // that was there before.
 type hostState struct {
@@ -35,11 +49,12 @@ type hostState struct {
 		Repo, Kubernetes, GCPeriod string
 		PoolSize                   int
 	}
-	IPForward    string
-	NetnsDirMade bool     // /run/netns did not exist
-	NetnsMounted bool     // /run/netns was bound on itself by up
-	Netns        []string // named namespaces before
-	Links        []string // network devices before
+	Sysctls      map[string]string // by file
+	DirsMade     []string          // those of foreignDirs that did not exist
+	NetnsDirMade bool              // /run/netns did not exist
+	NetnsMounted bool              // /run/netns was bound on itself by up
+	Netns        []string          // named namespaces before
+	Links        []string          // network devices before
 }
 
 func readHostState() (*hostState, error) {
@@ -89,11 +104,19 @@ func prepareHost(cfg config) error {
 	state.Config.Repo, state.Config.Kubernetes = cfg.repo, cfg.kubernetes
 	state.Config.GCPeriod, state.Config.PoolSize = cfg.gcPeriod.String(), cfg.poolSize
 
-	forward, err := os.ReadFile(ipForwardSysctl)
-	if err != nil {
-		return err
+	state.Sysctls = map[string]string{}
+	for _, file := range sysctls {
+		value, err := os.ReadFile(file)
+		if err != nil {
+			return err
+		}
+		state.Sysctls[file] = strings.TrimSpace(string(value))
 	}
-	state.IPForward = strings.TrimSpace(string(forward))
+	for _, dir := range foreignDirs {
+		if _, err := os.Stat(dir); errors.Is(err, os.ErrNotExist) {
+			state.DirsMade = append(state.DirsMade, dir)
+		}
+	}
 	names, err := os.ReadDir(netnsDir)
 	switch {
 	case errors.Is(err, os.ErrNotExist):
@@ -109,12 +132,16 @@ func prepareHost(cfg config) error {
 		return err
 	}
 	state.NetnsMounted = !mounted
-	links, err := netlink.LinkList()
+	links, err := listLinks()
 	if err != nil {
-		return fmt.Errorf("listing network devices: %w", err)
+		return err
 	}
 	for _, link := range links {
 		state.Links = append(state.Links, link.Attrs().Name)
+	}
+	// What a cluster before the last reboot kept is worth nothing: its processes and its state in /run are gone.
+	if err := os.RemoveAll(dataDir); err != nil {
+		return err
 	}
 	for _, dir := range []string{runDir, dataDir, netnsDir} {
 		if err := os.MkdirAll(dir, 0o755); err != nil {
@@ -125,7 +152,8 @@ func prepareHost(cfg config) error {
 	if err != nil {
 		return err
 	}
-	if err := os.WriteFile(hostStateFile, content, 0o644); err != nil {
+	// Whole or not at all: up and down both refuse to guess.
+	if err := errors.Join(os.WriteFile(hostStateFile+".new", content, 0o644), os.Rename(hostStateFile+".new", hostStateFile)); err != nil {
 		return err
 	}
 
@@ -142,6 +170,19 @@ func prepareHost(cfg config) error {
 		return err
 	}
 	return makeCgroups()
+}
+
+// listLinks lists the network devices. The kernel says when they changed while it listed them; then it is asked again.
+func listLinks() ([]netlink.Link, error) {
+	for {
+		links, err := netlink.LinkList()
+		if err == nil {
+			return links, nil
+		}
+		if !errors.Is(err, netlink.ErrDumpInterrupted) {
+			return nil, fmt.Errorf("listing network devices: %w", err)
+		}
+	}
 }
 
 // shareMount makes a directory a shared mount: the kubelet's HostToContainer propagation is refused on any other, and /

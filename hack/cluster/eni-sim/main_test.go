@@ -2,11 +2,16 @@ package main
 
 import (
 	"os"
+	"runtime"
 	"testing"
 	"time"
 )
 
 const patience = 30 * time.Second
+
+// The main thread stays with the main goroutine. The threads that tests take to other namespaces must end with the test,
+// and the main one never does: it would go on holding a namespace, with an address in it.
+func init() { runtime.LockOSThread() }
 
 // TestMain makes the test binary be the plugin itself when it is called like one.
 func TestMain(m *testing.M) {
