@@ -21,7 +21,7 @@ help: ## List the targets
 demo: install ## Replay the incident on a real cluster, without and with the guard
 	@go run ./test/e2e/demo
 
-test: test-unit test-cluster test-e2e ## Run all tests; the cluster stays up afterwards
+test: test-unit test-cluster test-e2e ## Run all tests, on a fresh cluster that stays up afterwards
 
 test-unit: go ## Run the tests that need no cluster
 	go test $$(go list ./... | grep -v /test/e2e)

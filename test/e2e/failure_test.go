@@ -19,6 +19,7 @@ import (
 	"time"
 
 	appsv1 "k8s.io/api/apps/v1"
+	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/eni-guard/eni-guard/test/e2e/incident"
@@ -78,6 +79,22 @@ func TestAnAgentThatDoesNotAnswerInTime(t *testing.T) {
 	expectRecord(t, pod, "denied", "unknown", "NoAnswer")
 }
 
+// Cleaning up finished pods must not depend on the agent: what the kubelet has reported of the containers is enough.
+func TestAFinishedPodCanBeDeletedWithoutAnAgent(t *testing.T) {
+	pod := start(t, incident.Pod(namespace(t), "job-1", []string{"true"}, func(p *corev1.Pod) { p.Spec.RestartPolicy = corev1.RestartPolicyNever }))
+	if err := cluster.AwaitFinished(t.Context(), pod); err != nil {
+		t.Fatal(err)
+	}
+	resume := pause(t, "/eni-guard", "agent")
+	err := cluster.CoreV1().Pods(pod.Namespace).Delete(t.Context(), pod.Name, metav1.DeleteOptions{})
+	resume()
+	restored(t)
+	if err := errors.Join(err, cluster.Gone(t.Context(), pod)); err != nil {
+		t.Fatal(err)
+	}
+	expectRecord(t, pod, "allowed", "unknown", "ContainersTerminated")
+}
+
 func TestAnAgentThatDoesNotRun(t *testing.T) {
 	pod := sleeper(t, namespace(t), "web-0", nil)
 	selectNode := func(ctx context.Context, value string) error {
@@ -117,8 +134,12 @@ func TestAnAgentThatDoesNotRun(t *testing.T) {
 // The kernel has the last word: with the runtime hanging, the pod's processes are found all the same.
 func TestARuntimeThatDoesNotAnswer(t *testing.T) {
 	pod := sleeper(t, namespace(t), "web-0", nil)
-	resume := pause(t, "containerd", "--config")
-	err := forceDelete(t, pod)
+	config, err := filepath.Abs(filepath.Join(repo, ".cluster/config/containerd.toml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	resume := pause(t, "containerd", "--config", config)
+	err = forceDelete(t, pod)
 	resume()
 	restored(t)
 	refused(t, err, "is still alive on node node-1: process ")

@@ -94,6 +94,20 @@ func TestAFinishedPodCanBeDeleted(t *testing.T) {
 	if err := cluster.Gone(t.Context(), pod); err != nil {
 		t.Error(err)
 	}
+	released(t, pod)
+}
+
+// A pod that gives itself no time to end goes with every plain delete; to the API server that is a forced one.
+func TestAPodWithoutGracePeriodIsJudged(t *testing.T) {
+	pod := sleeper(t, namespace(t), "web-0", func(p *corev1.Pod) { p.Spec.TerminationGracePeriodSeconds = new(int64(0)) })
+	refused(t, cluster.CoreV1().Pods(pod.Namespace).Delete(t.Context(), pod.Name, metav1.DeleteOptions{}), "is still alive", "--now")
+	kept(t, pod)
+	if err := cluster.CoreV1().Pods(pod.Namespace).Delete(t.Context(), pod.Name, metav1.DeleteOptions{GracePeriodSeconds: new(int64(1))}); err != nil {
+		t.Errorf("what the refusal advises was refused too: %v", err)
+	}
+	if err := cluster.AwaitGone(t.Context(), pod); err != nil {
+		t.Error(err)
+	}
 }
 
 func TestExemptPods(t *testing.T) {

@@ -252,9 +252,20 @@ func (s *Story) ReallyGone(ctx context.Context, namespace string) error {
 	if err := errors.Join(s.AwaitFinished(ctx, done), s.awaitReleased(ctx, done)); err != nil {
 		return err
 	}
+	// The runtime closes the network namespace a moment after the CNI has released the address.
+	err = Wait(ctx, time.Minute, "nothing of pod "+done.Name+" to be left on its node", func(ctx context.Context) error {
+		return s.CoreV1().Pods(namespace).Delete(ctx, done.Name, metav1.DeleteOptions{GracePeriodSeconds: new(int64(0)), DryRun: []string{metav1.DryRunAll}})
+	})
+	if err != nil {
+		return err
+	}
 	s.Tell("Pod %s has run to its end, and nothing of it is left on the node. Its force delete goes through:", done.Name)
 	if _, err := s.forceDelete(ctx, namespace, done.Name); err != nil {
 		return fmt.Errorf("the force delete of a pod that is really gone was refused: %w", err)
+	}
+	events, err := s.Removals(done)
+	if err != nil || len(events) == 0 || events[len(events)-1].Annotation("verdict") != "released" {
+		return errors.Join(errors.New("the audit log does not say that the node of the removed pod was asked and had nothing left of it"), err)
 	}
 	return s.Gone(ctx, done)
 }
