@@ -46,25 +46,13 @@ func (h Host) namespaces(ctx context.Context, sandboxes []podSandbox, processes 
 	var unseen []error
 	for _, s := range sandboxes {
 		ips = append(slices.Clip(ips), s.ips...)
-		if s.netnsPath == "" {
-			continue // in the host's network namespace
+		ns, inode, err := h.sandboxNamespace(mounts, s)
+		if err != nil {
+			unseen = append(unseen, err)
 		}
-		path := strings.Replace(filepath.Clean(s.netnsPath), "/var/run/", "/run/", 1)
-		inode, mounted := mounts[path]
-		file := path
-		if below, ok := strings.CutPrefix(path, "/proc/"); ok && !mounted {
-			file = filepath.Join(h.Proc, below)
-			link, err := os.Readlink(file)
-			if err != nil && !gone(err) {
-				unseen = append(unseen, fmt.Errorf("network namespace %s: %w", path, err))
-			}
-			inode, mounted = link, err == nil
-		} else if !mounted && filepath.Dir(path) != netnsDir {
-			unseen = append(unseen, fmt.Errorf("network namespace %s of sandbox %s is not below %s, so it cannot be told whether it is open", path, sandbox.ShortID(s.id), netnsDir))
-		}
-		if mounted && !seen[inode] {
+		if inode != "" && !seen[inode] {
 			seen[inode] = true
-			open = append(open, podNetns{name: path, open: file, sandbox: s.id})
+			open = append(open, ns)
 		}
 	}
 	for _, p := range processes {
@@ -96,6 +84,31 @@ func (h Host) namespaces(ctx context.Context, sandboxes []podSandbox, processes 
 		}
 	}
 	return findings, errors.Join(unseen...)
+}
+
+// sandboxNamespace looks for the namespace of a sandbox at the path that the runtime names. The inode is empty when there
+// is none; an error means that this cannot be told.
+func (h Host) sandboxNamespace(mounts map[string]string, s podSandbox) (ns podNetns, inode string, err error) {
+	if s.netnsPath == "" {
+		return podNetns{}, "", nil // in the host's network namespace
+	}
+	path := strings.Replace(filepath.Clean(s.netnsPath), "/var/run/", "/run/", 1)
+	ns = podNetns{name: path, open: path, sandbox: s.id}
+	if inode, mounted := mounts[path]; mounted {
+		return ns, inode, nil
+	}
+	if below, ok := strings.CutPrefix(path, "/proc/"); ok { // that of a process, as some runtimes name it
+		ns.open = filepath.Join(h.Proc, below)
+		inode, err := os.Readlink(ns.open)
+		if err != nil && !gone(err) {
+			return ns, "", fmt.Errorf("network namespace %s: %w", path, err)
+		}
+		return ns, inode, nil
+	}
+	if filepath.Dir(path) != netnsDir {
+		return ns, "", fmt.Errorf("network namespace %s of sandbox %s is not below %s, so it cannot be told whether it is open", path, sandbox.ShortID(s.id), netnsDir)
+	}
+	return ns, "", nil
 }
 
 // namedNamespaces returns the network namespaces that are mounted on this node, from path to net:[INODE].
