@@ -3,6 +3,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/signal"
@@ -23,6 +24,11 @@ func main() {
 		Short:         "Guards pods against forced removal while their sandbox is still alive on the node",
 		SilenceUsage:  true,
 		SilenceErrors: true,
+		Args:          cobra.NoArgs,
+		// Exit with 1, so that a container without a command does not look completed.
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return errors.Join(cmd.Help(), errors.New("a command is missing"))
+		},
 	}
 	root.AddCommand(webhook.NewCommand(), agent.NewCommand(), version.NewCommand())
 	if err := root.ExecuteContext(ctx); err != nil {

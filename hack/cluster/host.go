@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -69,19 +70,19 @@ func readHostState() (*hostState, error) {
 	return &state, nil
 }
 
-// healthy says whether every daemon of the cluster runs and answers.
-func (s *hostState) healthy(ctx context.Context) bool {
+// dead names a daemon of the cluster that does not run or does not answer; empty when all do.
+func (s *hostState) dead(ctx context.Context) string {
 	cfg := config{repo: s.Config.Repo, kubernetes: s.Config.Kubernetes, poolSize: s.Config.PoolSize}
 	processes := markedProcesses()
 	for _, stage := range stages(cfg) {
 		for _, c := range stage {
 			runs := slices.ContainsFunc(processes, func(p process) bool { return p.argv0 == c.path })
 			if !runs || c.check(ctx) != nil {
-				return false
+				return c.name
 			}
 		}
 	}
-	return true
+	return ""
 }
 
 // sameAs says whether the running cluster is the one that is asked for.
@@ -213,7 +214,18 @@ func makeBridge() error {
 	if err := netlink.AddrAdd(bridge, addr); err != nil {
 		return fmt.Errorf("adding %s to %s: %w", nodeNet, bridgeName, err)
 	}
-	return netlink.LinkSetUp(bridge)
+	if err := netlink.LinkSetUp(bridge); err != nil {
+		return err
+	}
+	// Until kube-proxy knows a service, packets to its address must not leave this machine.
+	_, services, err := net.ParseCIDR(serviceNet)
+	if err != nil {
+		return err
+	}
+	if err := netlink.RouteAdd(&netlink.Route{LinkIndex: bridge.Attrs().Index, Dst: services, Scope: netlink.SCOPE_LINK}); err != nil {
+		return fmt.Errorf("adding a route for %s to %s: %w", serviceNet, bridgeName, err)
+	}
+	return nil
 }
 
 // cgroupHierarchies returns the mount points of all cgroup hierarchies, and whether there is only the one of version 2.

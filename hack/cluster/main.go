@@ -20,7 +20,7 @@ func main() {
 	defer stop()
 	if err := newCommand().ExecuteContext(ctx); err != nil {
 		if ctx.Err() != nil {
-			err = errors.New("interrupted")
+			err = errors.New("interrupted; what was started still runs: `make cluster-up` starts over, `make cluster-down` removes it")
 		}
 		fmt.Fprintln(os.Stderr, "cluster: "+err.Error())
 		stop()
@@ -42,7 +42,7 @@ func newCommand() *cobra.Command {
 
 	up := &cobra.Command{
 		Use:   "up",
-		Short: "Install and build what is missing, and start the cluster",
+		Short: "Install and build what is missing, and start the cluster; one that has died in part is replaced by a new, empty one",
 		Args:  cobra.NoArgs,
 		RunE:  func(cmd *cobra.Command, _ []string) error { return up(cmd.Context(), cfg) },
 	}

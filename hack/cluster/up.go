@@ -42,10 +42,12 @@ func up(ctx context.Context, cfg config) error {
 	case errors.Is(err, os.ErrNotExist):
 	case err != nil:
 		return err
-	case state.healthy(ctx):
-		return state.sameAs(cfg)
 	default:
-		say("removing what is left of an earlier cluster (of %s)", state.Config.Repo)
+		dead := state.dead(ctx)
+		if dead == "" {
+			return state.sameAs(cfg)
+		}
+		say("%s of the cluster of %s does not work: starting a new, empty cluster (`make install` puts the guard into it)", dead, state.Config.Repo)
 		if err := down(ctx); err != nil {
 			return err
 		}

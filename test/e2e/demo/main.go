@@ -4,6 +4,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/signal"
@@ -23,6 +24,9 @@ func main() {
 	ctx, cancel := context.WithTimeout(ctx, timeLimit)
 	defer cancel()
 	if err := run(ctx); err != nil {
+		if errors.Is(context.Cause(ctx), context.Canceled) {
+			err = errors.New("interrupted; the cluster still runs: `make demo` starts the story over, `make cluster-down` removes the cluster")
+		}
 		fmt.Fprintln(os.Stderr, "\ndemo: "+err.Error())
 		os.Exit(1)
 	}

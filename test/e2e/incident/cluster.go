@@ -105,6 +105,9 @@ func Wait(ctx context.Context, timeout time.Duration, what string, condition fun
 		}
 		select {
 		case <-ctx.Done():
+			if errors.Is(ctx.Err(), context.Canceled) {
+				return fmt.Errorf("stopped waiting for %s: %w", what, ctx.Err())
+			}
 			return fmt.Errorf("waited %s for %s: %w", timeout, what, reason)
 		case <-tick.C:
 		}
