@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"net/http"
 	"net/http/httptest"
+	"net/netip"
+	"os"
 	"reflect"
 	"strings"
 	"testing"
@@ -89,6 +91,29 @@ func TestInspect(t *testing.T) {
 				t.Errorf("the report is about %s on %s", report.UID, report.Node)
 			}
 		})
+	}
+}
+
+// What the other probes found is where the namespaces are looked for: at a sandbox's path though the runtime calls the
+// sandbox not ready (its CNI DEL has failed, say), and at a process's link though the runtime knows nothing.
+func TestInspectLooksIntoTheNamespacesOfWhatWasFound(t *testing.T) {
+	name := fmt.Sprintf("eni-guard-test-inspect-%d", os.Getpid())
+	namedNamespace(t, name)
+	h := lookable(t)
+	h.group("kubepods/pod"+podUID+"/c1", pid)
+	h.thread(pid, "java", "D", "nfs_wait", "net:[7]")
+	query := podQuery
+	query.IPs = []netip.Addr{testAddress}
+	report := newInspector("node-a", h.Host, fakeRuntime(func(context.Context, string) ([]podSandbox, []podContainer, error) {
+		return []podSandbox{{id: "s1", netnsPath: "/run/netns/" + name}}, nil, nil
+	})).Inspect(t.Context(), query)
+	var got []string
+	for _, f := range report.Findings {
+		got = append(got, strings.TrimSpace(string(f.Kind)+" "+f.Netns))
+	}
+	want := []string{"ProcessAlive", "IPAssigned /run/netns/" + name, "NetnsOpen /run/netns/" + name, "NetnsOpen net:[7]"}
+	if !reflect.DeepEqual(got, want) {
+		t.Errorf("got %q, want %q (%v)", got, want, report.Failures())
 	}
 }
 
