@@ -65,16 +65,21 @@ func (s *Story) stillThere(pod *corev1.Pod, process Process) error {
 	return nil
 }
 
+// stage makes a fresh namespace, and a file system whose readers get stuck.
+func (s *Story) stage(ctx context.Context, namespace string, labels map[string]string) (*StuckFS, error) {
+	if err := s.RemoveNamespace(ctx, namespace); err != nil {
+		return nil, err
+	}
+	if err := s.Namespace(ctx, namespace, labels); err != nil {
+		return nil, err
+	}
+	return s.StartStuckFS(ctx, namespace)
+}
+
 // WithoutGuard lets the incident happen, in a namespace that the guard leaves alone.
 func (s *Story) WithoutGuard(ctx context.Context) (err error) {
 	const namespace = "without-guard"
-	if err := s.RemoveNamespace(ctx, namespace); err != nil {
-		return err
-	}
-	if err := s.Namespace(ctx, namespace, map[string]string{"eni-guard.io/mode": "off"}); err != nil {
-		return err
-	}
-	stuck, err := s.StartStuckFS(ctx, namespace)
+	stuck, err := s.stage(ctx, namespace, map[string]string{"eni-guard.io/mode": "off"})
 	if err != nil {
 		return err
 	}
@@ -157,13 +162,7 @@ func (s *Story) awaitSandboxFailure(ctx context.Context, pod *corev1.Pod) error 
 // WithGuard tries the same where the guard watches, and shows that it cannot happen.
 func (s *Story) WithGuard(ctx context.Context) (err error) {
 	const namespace = "with-guard"
-	if err := s.RemoveNamespace(ctx, namespace); err != nil {
-		return err
-	}
-	if err := s.Namespace(ctx, namespace, nil); err != nil {
-		return err
-	}
-	stuck, err := s.StartStuckFS(ctx, namespace)
+	stuck, err := s.stage(ctx, namespace, nil)
 	if err != nil {
 		return err
 	}
