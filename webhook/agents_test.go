@@ -48,7 +48,7 @@ func startAgent(t *testing.T, timeout time.Duration, handler http.HandlerFunc) (
 	return a, target.Hostname(), &connections
 }
 
-var webQuery = (&removal{pod: runningPod()}).query()
+var webQuery = query(runningPod())
 
 func TestAskReadsTheReport(t *testing.T) {
 	a, address, connections := startAgent(t, 5*time.Second, func(w http.ResponseWriter, r *http.Request) {

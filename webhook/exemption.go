@@ -18,10 +18,10 @@ type exemption struct {
 // pending ones could not be cleaned up. (The guard's own namespace, and those with mode off, never reach the webhook:
 // namespaceSelector in the chart.)
 var exemptions = []exemption{
-	{ReasonNotForced, func(r *removal) bool { return !removesNow(r.pod, r.grace) }},
+	{ReasonNotForced, func(r *removal) bool { return r.effect() != removesObject }},
 	// Sent only after every container has stopped and StopPodSandbox has succeeded (kubelet: SyncTerminatingPod).
 	{ReasonOwnKubelet, func(r *removal) bool {
-		return r.user == "system:node:"+r.pod.Spec.NodeName && slices.Contains(r.groups, "system:nodes")
+		return r.user.Username == "system:node:"+r.pod.Spec.NodeName && slices.Contains(r.user.Groups, "system:nodes")
 	}},
 	{ReasonNotScheduled, func(r *removal) bool { return r.pod.Spec.NodeName == "" }},
 	{ReasonHostNetwork, func(r *removal) bool { return r.pod.Spec.HostNetwork }},

@@ -3,6 +3,7 @@ package webhook
 import (
 	"testing"
 
+	authenticationv1 "k8s.io/api/authentication/v1"
 	corev1 "k8s.io/api/core/v1"
 )
 
@@ -27,7 +28,7 @@ func TestExempt(t *testing.T) {
 		{"a finished pod", runningPod(phase(corev1.PodSucceeded)), nil, "alice", nil, ""},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			got, ok := exempt(&removal{pod: test.pod, grace: test.grace, user: test.user, groups: test.groups})
+			got, ok := exempt(&removal{path: PathDelete, pod: test.pod, grace: test.grace, user: authenticationv1.UserInfo{Username: test.user, Groups: test.groups}})
 			if got != test.want || ok != (test.want != "") {
 				t.Errorf("got %q, %v, want %q", got, ok, test.want)
 			}

@@ -42,7 +42,7 @@ func (g *Guard) review(ctx context.Context, log logr.Logger, request *admissionv
 	d := g.decide(ctx, r)
 	g.decisions.WithLabelValues(string(d.mode), string(d.outcome), string(d.verdict), string(r.path)).Inc()
 	log.Info("decision", "request", request.UID, "decision", d.outcome, "reason", d.reason, "verdict", d.verdict, "mode", d.mode,
-		"path", r.path, "dryRun", r.dryRun, "user", r.user, "namespace", r.pod.Namespace, "pod", r.pod.Name, "podUID", r.pod.UID,
+		"path", r.path, "dryRun", r.dryRun, "user", r.user.Username, "namespace", r.pod.Namespace, "pod", r.pod.Name, "podUID", r.pod.UID,
 		"node", r.pod.Spec.NodeName, "podIPs", podIPs(r.pod), "evidence", evidenceWords(d))
 	return respond(r, d), nil
 }
@@ -81,7 +81,7 @@ func (g *Guard) report(ctx context.Context, r *removal) (sandbox.Report, error) 
 	if err != nil {
 		return sandbox.Report{}, fmt.Errorf("the agent of node %s %w", name, err)
 	}
-	report, err := g.agents.ask(ctx, address, r.query())
+	report, err := g.agents.ask(ctx, address, query(r.pod))
 	if err != nil {
 		return sandbox.Report{}, fmt.Errorf("the agent of node %s %w", name, err)
 	}

@@ -8,13 +8,24 @@ import (
 	"slices"
 
 	admissionv1 "k8s.io/api/admission/v1"
+	authenticationv1 "k8s.io/api/authentication/v1"
 	corev1 "k8s.io/api/core/v1"
+	policyv1 "k8s.io/api/policy/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/eni-guard/eni-guard/internal/sandbox"
 )
 
-// Path is the way in by which a pod is removed; the values are those of the audit annotation "path".
+const (
+	// Finalizer keeps the object of a held pod in the API server.
+	Finalizer = "eni-guard.io/sandbox-in-use"
+	// IgnoreLabel, with the value "true", tells Terway to leave a pod alone; from v1.16.6 it frees the address of a pod
+	// that is given it later.
+	IgnoreLabel = "k8s.aliyun.com/ignore-by-terway"
+)
+
+// Path is the way in by which a pod, or its address, is taken away; the values are those of the audit annotation
+// "path".
 type Path string
 
 const (
@@ -22,91 +33,147 @@ const (
 	PathDelete Path = "delete"
 	// PathCollection is DELETE of many pods: the API server calls once a pod, with an empty name in the request.
 	PathCollection Path = "collection"
+	// PathEviction is CREATE of pods/eviction. The removal that follows makes no call of its own.
+	PathEviction Path = "eviction"
+	// PathIgnoreLabel is an UPDATE that adds IgnoreLabel to a pod that was created without it.
+	PathIgnoreLabel Path = "ignore-label"
+	// PathFinalizer is an UPDATE that takes Finalizer from a pod that is marked for removal: with the last finalizer the
+	// API server removes such a pod, and makes no DELETE call.
+	PathFinalizer Path = "finalizer"
+	// PathPhase is an UPDATE that writes a terminal phase. It is only ever reported on, never refused.
+	PathPhase Path = "terminal-phase"
 )
 
 // removal is what one admission call is about.
 type removal struct {
 	path   Path
 	dryRun bool
-	user   string
-	groups []string
-	pod    *corev1.Pod
+	user   authenticationv1.UserInfo
+	// pod is the pod before the request; of an eviction only namespace and name, until it has been read.
+	pod *corev1.Pod
 	// grace is the grace period that the caller asks for, in seconds; nil when none is asked for. For a single DELETE
 	// the API server has replaced it by the effective one.
 	grace *int64
 }
 
-// removalOf reads the facts out of an admission request. It fails on anything but a DELETE of pods that is complete.
+// removalOf reads the facts out of an admission request. It fails on one that is incomplete, and on one that is none of
+// those that the webhook configurations ask for: DELETE of pods, CREATE of pods/eviction, UPDATE of pods or pods/status.
 func removalOf(request *admissionv1.AdmissionRequest) (*removal, error) {
-	if request.Operation != admissionv1.Delete {
-		return nil, fmt.Errorf("operation %q is not DELETE", request.Operation)
-	}
-	if r := request.Resource; r.Group != "" || r.Version != "v1" || r.Resource != "pods" || request.SubResource != "" {
-		return nil, fmt.Errorf("resource %q of group %q, version %q, subresource %q is not pods of v1", r.Resource, r.Group, r.Version, request.SubResource)
-	}
-	if len(request.OldObject.Raw) == 0 {
-		return nil, errors.New("oldObject is missing: it must hold the pod")
-	}
 	r := &removal{
-		path:   PathDelete,
 		dryRun: request.DryRun != nil && *request.DryRun,
-		user:   request.UserInfo.Username,
-		groups: request.UserInfo.Groups,
+		user:   request.UserInfo,
 		pod:    &corev1.Pod{},
 	}
-	if err := json.Unmarshal(request.OldObject.Raw, r.pod); err != nil {
-		return nil, fmt.Errorf("oldObject is not a pod: %w", err)
+	if res := request.Resource; res.Group != "" || res.Version != "v1" || res.Resource != "pods" {
+		return nil, fmt.Errorf("resource %q of group %q, version %q is not pods of v1", res.Resource, res.Group, res.Version)
 	}
-	if r.pod.Name == "" || r.pod.Namespace == "" || r.pod.UID == "" {
-		return nil, errors.New("oldObject is a pod without a name, a namespace or a UID")
+	switch on := string(request.Operation) + " pods/" + request.SubResource; on {
+	case "DELETE pods/":
+		return r, r.readDelete(request)
+	case "CREATE pods/eviction":
+		return r, r.readEviction(request)
+	case "UPDATE pods/", "UPDATE pods/status":
+		return r, r.readUpdate(request)
+	default:
+		return nil, fmt.Errorf("%s is none of DELETE pods, CREATE pods/eviction, UPDATE pods, UPDATE pods/status", on)
 	}
+}
+
+func (r *removal) readDelete(request *admissionv1.AdmissionRequest) error {
+	r.path = PathDelete
 	if request.Name == "" {
 		r.path = PathCollection
 	}
 	if len(request.Options.Raw) > 0 {
 		var options metav1.DeleteOptions
 		if err := json.Unmarshal(request.Options.Raw, &options); err != nil {
-			return nil, fmt.Errorf("options are not DeleteOptions: %w", err)
+			return fmt.Errorf("options are not DeleteOptions: %w", err)
 		}
 		r.grace = options.GracePeriodSeconds
 	}
-	return r, nil
+	return readPod("oldObject", request.OldObject.Raw, r.pod)
 }
 
-// removesNow says whether a delete takes the object out of the API server at once, instead of leaving that to the
-// kubelet. It mirrors BeforeDelete (k8s.io/apiserver pkg/registry/rest/delete.go) with the pods' CheckGracefulDelete
-// (kubernetes pkg/registry/core/pod/strategy.go):
-//
-//   - A pod that is terminating goes at once when its own grace period is 0 or unset already, whatever is asked for,
-//     or when 0 is asked for. Its phase and its node do not matter any more.
-//   - Any other pod goes at once when it has no node, when it is in a terminal phase, or when the grace period asked
-//     for is 0; where none is asked for, terminationGracePeriodSeconds counts, and unset means 0.
-//
-// Negative periods count as 1. The same rule, as CEL, is in the matchConditions of the chart.
-func removesNow(pod *corev1.Pod, grace *int64) bool {
-	if pod.DeletionTimestamp != nil {
-		own := pod.DeletionGracePeriodSeconds
-		return own == nil || *own == 0 || grace != nil && *grace == 0
+// readEviction reads an Eviction of policy/v1 or policy/v1beta1, which have the same fields. Its own deleteOptions may ask
+// for dry run where the request does not.
+func (r *removal) readEviction(request *admissionv1.AdmissionRequest) error {
+	r.path = PathEviction
+	if len(request.Object.Raw) == 0 {
+		return errors.New("object is missing: it must hold the Eviction")
 	}
-	if pod.Spec.NodeName == "" || terminal(pod) {
-		return true
+	var eviction policyv1.Eviction
+	if err := json.Unmarshal(request.Object.Raw, &eviction); err != nil {
+		return fmt.Errorf("object is not an Eviction: %w", err)
 	}
-	if grace == nil {
-		grace = pod.Spec.TerminationGracePeriodSeconds
+	r.pod.Namespace, r.pod.Name = request.Namespace, request.Name
+	if r.pod.Name == "" {
+		r.pod.Name = eviction.Name
 	}
-	return grace == nil || *grace == 0
+	if r.pod.Namespace == "" || r.pod.Name == "" {
+		return errors.New("the Eviction does not name a pod and its namespace")
+	}
+	if options := eviction.DeleteOptions; options != nil {
+		r.grace = options.GracePeriodSeconds
+		r.dryRun = r.dryRun || len(options.DryRun) > 0
+	}
+	return nil
 }
 
-// terminal says whether the pod has ended for good.
-func terminal(pod *corev1.Pod) bool {
-	return pod.Status.Phase == corev1.PodFailed || pod.Status.Phase == corev1.PodSucceeded
+func (r *removal) readUpdate(request *admissionv1.AdmissionRequest) error {
+	after := &corev1.Pod{}
+	if err := errors.Join(readPod("oldObject", request.OldObject.Raw, r.pod), readPod("object", request.Object.Raw, after)); err != nil {
+		return err
+	}
+	switch {
+	case !ignored(r.pod) && ignored(after):
+		r.path = PathIgnoreLabel
+	case slices.Contains(r.pod.Finalizers, Finalizer) && !slices.Contains(after.Finalizers, Finalizer):
+		r.path = PathFinalizer
+	case !terminal(r.pod) && terminal(after):
+		r.path = PathPhase
+	default:
+		return errors.New("the UPDATE takes nothing from the pod that the guard watches: neither its address, by the label " +
+			IgnoreLabel + ", nor the finalizer " + Finalizer + ", nor its phase")
+	}
+	return nil
+}
+
+// readPod reads a pod of an admission request; field is where it stands there.
+func readPod(field string, raw []byte, pod *corev1.Pod) error {
+	if len(raw) == 0 {
+		return fmt.Errorf("%s is missing: it must hold the pod", field)
+	}
+	if err := json.Unmarshal(raw, pod); err != nil {
+		return fmt.Errorf("%s is not a pod: %w", field, err)
+	}
+	if pod.Name == "" || pod.Namespace == "" || pod.UID == "" {
+		return fmt.Errorf("%s is a pod without a name, a namespace or a UID", field)
+	}
+	return nil
+}
+
+// effect is what the request does to the pod.
+func (r *removal) effect() effect {
+	switch r.path {
+	case PathIgnoreLabel:
+		// The object stays, and its address goes.
+		return removesObject
+	case PathFinalizer:
+		// Unless the pod is marked with grace period 0, its kubelet still has the last word.
+		if own := r.pod.DeletionGracePeriodSeconds; r.pod.DeletionTimestamp != nil && (own == nil || *own == 0) {
+			return removesObject
+		}
+		return changesNothing
+	case PathPhase:
+		return changesNothing
+	default:
+		return effectOn(r.pod, r.grace)
+	}
 }
 
 // query is what an agent is asked about the pod.
-func (r *removal) query() sandbox.Query {
-	return sandbox.Query{
-		Node: r.pod.Spec.NodeName, Namespace: r.pod.Namespace, Name: r.pod.Name, UID: string(r.pod.UID), IPs: podIPs(r.pod),
-	}
+func query(pod *corev1.Pod) sandbox.Query {
+	return sandbox.Query{Node: pod.Spec.NodeName, Namespace: pod.Namespace, Name: pod.Name, UID: string(pod.UID), IPs: podIPs(pod)}
 }
 
 // podIPs returns the addresses in the pod's status, without those that are not addresses.
@@ -119,6 +186,12 @@ func podIPs(pod *corev1.Pod) []netip.Addr {
 	}
 	return ips
 }
+
+// ignored says whether Terway leaves the pod alone.
+func ignored(pod *corev1.Pod) bool { return pod.Labels[IgnoreLabel] == "true" }
+
+// held says whether the pod's object is kept by the guard.
+func held(pod *corev1.Pod) bool { return slices.Contains(pod.Finalizers, Finalizer) }
 
 // containersTerminated says whether the kubelet has reported every container of the pod, of every kind, terminated, and
 // will start none again. The phase alone does not say so, because controllers write phases too; the containers alone
