@@ -16,13 +16,18 @@ import (
 
 const (
 	// InspectPath takes a sandbox.Query by POST and answers with a sandbox.Report. The query parameter "timeout", a Go
-	// duration, bounds how long the agent may look; what it has not found out by then, the report says.
+	// duration, bounds how long the agent may look; what it has not found out by then, the report says. With "wait", a Go
+	// duration too, it looks again and again, and answers when the pod is released or the time has passed.
 	InspectPath = "/v1/inspect"
 	// DefaultPort is where agents listen on their node's address.
 	DefaultPort = 9807
 
 	defaultTimeout = 5 * time.Second
 	maxTimeout     = 30 * time.Second
+	// lookAgainAfter and lookAgainAtMost are the pause between two looks while the caller waits: it doubles from one to the
+	// other.
+	lookAgainAfter  = 100 * time.Millisecond
+	lookAgainAtMost = 2 * time.Second
 	maxQueryBytes  = 64 << 10
 )
 
@@ -35,16 +40,14 @@ type errorBody struct {
 func Handler(inspector *Inspector, log logr.Logger) http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("POST "+InspectPath, func(w http.ResponseWriter, r *http.Request) {
-		query, timeout, status, err := readQuery(w, r, inspector.node)
+		query, times, status, err := readQuery(w, r, inspector.node)
 		if err != nil {
 			log.Info("refused a query", "caller", r.RemoteAddr, "status", status, "reason", err.Error())
 			writeJSON(w, status, errorBody{err.Error()})
 			return
 		}
-		ctx, cancel := context.WithTimeout(r.Context(), timeout)
-		defer cancel()
 		start := time.Now()
-		report := inspector.Inspect(ctx, query)
+		report := inspectUntilReleased(r.Context(), inspector, query, times)
 		log.Info("inspected", "namespace", query.Namespace, "pod", query.Name, "uid", query.UID, "verdict", report.Verdict(),
 			"findings", len(report.Findings), "failures", report.Failures(), "took", time.Since(start).String())
 		writeJSON(w, http.StatusOK, report)
@@ -52,33 +55,58 @@ func Handler(inspector *Inspector, log logr.Logger) http.Handler {
 	return mux
 }
 
+// times are how long a caller wants the agent to look, and to wait for the release.
+type times struct{ timeout, wait time.Duration }
+
+// inspectUntilReleased looks once, or, if the caller waits, until the pod is released, the time has passed or the caller
+// has gone.
+func inspectUntilReleased(ctx context.Context, inspector *Inspector, query sandbox.Query, t times) sandbox.Report {
+	end := time.Now().Add(t.wait)
+	for pause := lookAgainAfter; ; pause = min(2*pause, lookAgainAtMost) {
+		look, cancel := context.WithTimeout(ctx, t.timeout)
+		report := inspector.Inspect(look, query)
+		cancel()
+		left := time.Until(end)
+		if report.Verdict() == sandbox.Released || left <= 0 {
+			return report
+		}
+		select {
+		case <-time.After(min(pause, left)):
+		case <-ctx.Done():
+			return report
+		}
+	}
+}
+
 // readQuery reads and checks a query; status is the HTTP status that goes with an error.
-func readQuery(w http.ResponseWriter, r *http.Request, node string) (query sandbox.Query, timeout time.Duration, status int, err error) {
-	timeout = defaultTimeout
-	if text := r.URL.Query().Get("timeout"); text != "" {
-		timeout, err = time.ParseDuration(text)
-		if err != nil || timeout <= 0 || timeout > maxTimeout {
-			return query, 0, http.StatusBadRequest, fmt.Errorf("timeout %q is not a duration above 0 and up to %s", text, maxTimeout)
+func readQuery(w http.ResponseWriter, r *http.Request, node string) (query sandbox.Query, t times, status int, err error) {
+	t.timeout = defaultTimeout
+	for name, target := range map[string]*time.Duration{"timeout": &t.timeout, "wait": &t.wait} {
+		if text := r.URL.Query().Get(name); text != "" {
+			*target, err = time.ParseDuration(text)
+			if err != nil || *target <= 0 || *target > maxTimeout {
+				return query, t, http.StatusBadRequest, fmt.Errorf("%s %q is not a duration above 0 and up to %s", name, text, maxTimeout)
+			}
 		}
 	}
 	decoder := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxQueryBytes))
 	if err := decoder.Decode(&query); err != nil {
 		var tooLarge *http.MaxBytesError
 		if errors.As(err, &tooLarge) {
-			return query, 0, http.StatusRequestEntityTooLarge, fmt.Errorf("the query is larger than %d bytes", tooLarge.Limit)
+			return query, t, http.StatusRequestEntityTooLarge, fmt.Errorf("the query is larger than %d bytes", tooLarge.Limit)
 		}
-		return query, 0, http.StatusBadRequest, fmt.Errorf("the query is not valid JSON: %w", err)
+		return query, t, http.StatusBadRequest, fmt.Errorf("the query is not valid JSON: %w", err)
 	}
 	if _, err := decoder.Token(); !errors.Is(err, io.EOF) {
-		return query, 0, http.StatusBadRequest, errors.New("the query is followed by something else")
+		return query, t, http.StatusBadRequest, errors.New("the query is followed by something else")
 	}
 	if err := query.Validate(); err != nil {
-		return query, 0, http.StatusBadRequest, err
+		return query, t, http.StatusBadRequest, err
 	}
 	if query.Node != node {
-		return query, 0, http.StatusMisdirectedRequest, fmt.Errorf("pod %s/%s is on node %q, this is the agent of node %q", query.Namespace, query.Name, query.Node, node)
+		return query, t, http.StatusMisdirectedRequest, fmt.Errorf("pod %s/%s is on node %q, this is the agent of node %q", query.Namespace, query.Name, query.Node, node)
 	}
-	return query, timeout, http.StatusOK, nil
+	return query, t, http.StatusOK, nil
 }
 
 func writeJSON(w http.ResponseWriter, status int, body any) {
