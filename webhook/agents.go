@@ -11,8 +11,11 @@ import (
 	"net/http"
 	"net/url"
 	"os"
+	"sync"
 	"syscall"
 	"time"
+
+	"golang.org/x/sync/singleflight"
 
 	"github.com/eni-guard/eni-guard/internal/agent"
 	"github.com/eni-guard/eni-guard/internal/mtls"
@@ -23,6 +26,8 @@ const (
 	// answerMargin is how much earlier than the webhook gives up the agent must stop looking, so that what it did find
 	// out still arrives.
 	answerMargin = 500 * time.Millisecond
+	// maxQuestions bounds how many questions one agent is asked at once, and how many connections to it are kept.
+	maxQuestions = 8
 	// maxReportBytes bounds what is read of an answer.
 	maxReportBytes = 1 << 20
 )
@@ -32,6 +37,9 @@ type agents struct {
 	http    *http.Client
 	port    string
 	timeout time.Duration
+	// asking joins questions about the same pod that are asked at the same time into one.
+	asking singleflight.Group
+	nodes  nodeSlots
 }
 
 func newAgents(port string, timeout time.Duration, certificates mtls.Dir) *agents {
@@ -41,7 +49,7 @@ func newAgents(port string, timeout time.Duration, certificates mtls.Dir) *agent
 		http: &http.Client{
 			Transport: &http.Transport{
 				DialTLSContext:      certificates.Dialer(&net.Dialer{Timeout: timeout, KeepAlive: 30 * time.Second}, mtls.AgentName),
-				MaxIdleConnsPerHost: 4,
+				MaxIdleConnsPerHost: maxQuestions,
 				IdleConnTimeout:     4 * time.Minute,
 			},
 			// An agent does not redirect.
@@ -53,20 +61,53 @@ func newAgents(port string, timeout time.Duration, certificates mtls.Dir) *agent
 // ask asks the agent at a node's address about a pod. An error says, in words that fit behind "the agent of node X",
 // why there is no answer; it never means that nothing was found.
 func (a *agents) ask(ctx context.Context, address string, query sandbox.Query) (sandbox.Report, error) {
-	ctx, cancel := context.WithTimeout(ctx, a.timeout)
-	defer cancel()
-	deadline, _ := ctx.Deadline()
 	start := time.Now()
-	look := time.Until(deadline) - answerMargin
+	look := a.timeout - answerMargin
+	if deadline, limited := ctx.Deadline(); limited {
+		look = min(look, time.Until(deadline)-answerMargin)
+	}
 	if look <= 0 {
 		return sandbox.Report{}, errors.New("could not be asked: no time was left")
 	}
+	// Whoever asks first may go away; the others still want the answer.
+	answer := a.asking.DoChan(fmt.Sprint(address, query), func() (any, error) {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), look+answerMargin)
+		defer cancel()
+		free, err := a.nodes.take(ctx, address)
+		if err != nil {
+			return sandbox.Report{}, err
+		}
+		defer free()
+		return a.post(ctx, address, query, url.Values{"timeout": {look.String()}})
+	})
+	select {
+	case result := <-answer:
+		report, _ := result.Val.(sandbox.Report)
+		return report, result.Err
+	case <-ctx.Done():
+		return sandbox.Report{}, transportError(ctx.Err(), a.host(address), time.Since(start))
+	}
+}
+
+// await asks the agent to answer when the pod is released, or after wait. Such a question does nothing but wait, so it
+// takes no place from others.
+func (a *agents) await(ctx context.Context, address string, query sandbox.Query, wait time.Duration) (sandbox.Report, error) {
+	ctx, cancel := context.WithTimeout(ctx, wait+a.timeout)
+	defer cancel()
+	return a.post(ctx, address, query, url.Values{"timeout": {(a.timeout - answerMargin).String()}, "wait": {wait.String()}})
+}
+
+func (a *agents) host(address string) string { return net.JoinHostPort(address, a.port) }
+
+// post sends a question until the deadline of ctx.
+func (a *agents) post(ctx context.Context, address string, query sandbox.Query, parameters url.Values) (sandbox.Report, error) {
+	start := time.Now()
 	body, err := json.Marshal(query)
 	if err != nil {
 		return sandbox.Report{}, err
 	}
-	host := net.JoinHostPort(address, a.port)
-	target := url.URL{Scheme: "https", Host: host, Path: agent.InspectPath, RawQuery: url.Values{"timeout": {look.String()}}.Encode()}
+	host := a.host(address)
+	target := url.URL{Scheme: "https", Host: host, Path: agent.InspectPath, RawQuery: parameters.Encode()}
 	request, err := http.NewRequestWithContext(ctx, http.MethodPost, target.String(), bytes.NewReader(body))
 	if err != nil {
 		return sandbox.Report{}, err
@@ -97,6 +138,47 @@ func (a *agents) ask(ctx context.Context, address string, query sandbox.Query) (
 	}
 	report.Sort()
 	return report, nil
+}
+
+// nodeSlots bounds how many questions one node is asked at once, so that a node that does not answer cannot use up the
+// webhook. The zero value is ready to use.
+type nodeSlots struct {
+	mu    sync.Mutex
+	nodes map[string]*slots
+}
+
+type slots struct {
+	semaphore chan struct{}
+	users     int
+}
+
+// take waits for a place until the deadline of ctx; free gives it back.
+func (n *nodeSlots) take(ctx context.Context, node string) (free func(), err error) {
+	n.mu.Lock()
+	if n.nodes == nil {
+		n.nodes = map[string]*slots{}
+	}
+	s := n.nodes[node]
+	if s == nil {
+		s = &slots{semaphore: make(chan struct{}, maxQuestions)}
+		n.nodes[node] = s
+	}
+	s.users++
+	n.mu.Unlock()
+	leave := func() {
+		n.mu.Lock()
+		defer n.mu.Unlock()
+		if s.users--; s.users == 0 {
+			delete(n.nodes, node)
+		}
+	}
+	select {
+	case s.semaphore <- struct{}{}:
+		return func() { <-s.semaphore; leave() }, nil
+	case <-ctx.Done():
+		leave()
+		return nil, fmt.Errorf("could not be asked: %d other questions to it have not been answered", maxQuestions)
+	}
 }
 
 // transportError says what went wrong between webhook and agent.

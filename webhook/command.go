@@ -15,6 +15,9 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spf13/cobra"
 	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/labels"
+	toolscache "k8s.io/client-go/tools/cache"
 	"k8s.io/klog/v2"
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/cache"
@@ -36,6 +39,10 @@ type options struct {
 	agentTLSDir    string
 	agentPort      int
 	agentTimeout   time.Duration
+	mode           string
+	nodeGone       bool
+	excludedNodes  []string
+	leaseNamespace string
 	log            logging.Options
 }
 
@@ -45,20 +52,23 @@ func NewCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "webhook",
 		Short: "Answer the API server's questions about removals of pods",
-		Long: `The webhook answers AdmissionReviews about DELETE of pods: a removal that takes the object out of the API server at
-once is refused until the agent of the pod's node says that nothing of the pod is left there.`,
+		Long: `The webhook answers AdmissionReviews about removals of pods: one that takes the object out of the API server at once is
+refused, or the object held, until the agent of the pod's node says that nothing of the pod is left there. One of its
+replicas, the leader, frees held pods as soon as that is so.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if err := o.validate(); err != nil {
+			p, err := o.validate()
+			if err != nil {
 				return err
 			}
 			log, err := o.log.Logger()
 			if err != nil {
 				return err
 			}
-			return o.run(cmd.Context(), log)
+			return o.run(cmd.Context(), log, p)
 		},
 	}
+	cmd.AddCommand(newFreeHeldCommand())
 	flags := cmd.Flags()
 	flags.IntVar(&o.port, "port", 9443, "port for the API server's requests")
 	flags.StringVar(&o.healthAddress, "health-address", ":8081", "where to serve /healthz and /readyz, HOST:PORT")
@@ -67,11 +77,35 @@ once is refused until the agent of the pod's node says that nothing of the pod i
 	flags.StringVar(&o.agentTLSDir, "agent-tls-dir", "/etc/eni-guard/agent-tls", "directory with tls.crt, tls.key and ca.crt to ask agents with, read again at every handshake")
 	flags.IntVar(&o.agentPort, "agent-port", agent.DefaultPort, "port at which agents answer on their nodes")
 	flags.DurationVar(&o.agentTimeout, "agent-timeout", 5*time.Second, "how long an agent may take to answer, 1s to 25s; keep it well below the timeoutSeconds of the webhook configuration")
+	flags.StringVar(&o.mode, "mode", string(ModeDeny), "what to do about forced removals of pods that are bound, where the label "+ModeLabel+" of the namespace does not say: deny, hold, audit or off")
+	flags.BoolVar(&o.nodeGone, "allow-when-node-is-gone", true, "allow a forced removal where nobody can be asked, because the Node object is gone or has the taint "+corev1.TaintNodeOutOfService)
+	flags.StringArrayVar(&o.excludedNodes, "excluded-nodes", nil, "label selector of nodes without an agent, whose pods are not guarded; may be given again")
+	flags.StringVar(&o.leaseNamespace, "lease-namespace", "", "namespace of the lease by which the replicas elect a leader; that of the pod, where it runs in one")
 	o.log.AddFlags(flags)
 	return cmd
 }
 
-func (o options) validate() error {
+// validate checks the flags, and returns what those say that people decide.
+func (o options) validate() (policy, error) {
+	p := policy{allowWhenNodeIsGone: o.nodeGone}
+	var err error
+	if p.mode, err = parseMode(o.mode); err != nil {
+		return p, fmt.Errorf("--mode: %w", err)
+	}
+	for _, text := range o.excludedNodes {
+		selector, err := labels.Parse(text)
+		if err != nil {
+			return p, fmt.Errorf("--excluded-nodes %q is not a label selector: %w", text, err)
+		}
+		if selector.Empty() {
+			return p, errors.New("--excluded-nodes is empty, which would select every node")
+		}
+		p.excludedNodes = append(p.excludedNodes, selector)
+	}
+	return p, o.validateServing()
+}
+
+func (o options) validateServing() error {
 	for _, flag := range []struct {
 		name string
 		port int
@@ -101,49 +135,75 @@ func (o options) validate() error {
 	return nil
 }
 
-func (o options) run(ctx context.Context, log logr.Logger) error {
+func (o options) run(ctx context.Context, log logr.Logger, p policy) error {
 	ctrl.SetLogger(log)
 	klog.SetLogger(log)
 	config, err := ctrl.GetConfig()
 	if err != nil {
 		return fmt.Errorf("finding the API server: %w", err)
 	}
+	namespaces := &metav1.PartialObjectMetadata{}
+	namespaces.SetGroupVersionKind(corev1.SchemeGroupVersion.WithKind("Namespace"))
 	manager, err := ctrl.NewManager(config, ctrl.Options{
 		WebhookServer:          ctrlwebhook.NewServer(ctrlwebhook.Options{Port: o.port, CertDir: o.tlsDir}),
 		HealthProbeBindAddress: o.healthAddress,
 		Metrics:                metricsserver.Options{BindAddress: o.metricsAddress},
-		Cache:                  cache.Options{ByObject: map[client.Object]cache.ByObject{&corev1.Node{}: {Transform: trimNode}}},
+		Cache: cache.Options{ByObject: map[client.Object]cache.ByObject{
+			&corev1.Node{}: {Transform: trimNodes(p.excludedNodes)},
+			&corev1.Pod{}:  {Label: labels.SelectorFromSet(labels.Set{HeldLabel: "true"}), Transform: cache.TransformStripManagedFields()},
+			namespaces:     {Transform: trimNamespace},
+		}},
+		LeaderElection:                true,
+		LeaderElectionID:              "eni-guard-webhook",
+		LeaderElectionNamespace:       o.leaseNamespace,
+		LeaderElectionReleaseOnCancel: true,
+		// An API server that is away for a moment must not end the leader, which also answers reviews.
+		LeaseDuration: new(40 * time.Second), RenewDeadline: new(30 * time.Second), RetryPeriod: new(4 * time.Second),
 	})
 	if err != nil {
 		return fmt.Errorf("setting up: %w", err)
 	}
 	decisions := prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "eni_guard_decisions_total",
-		Help: "Answers to admission requests about removals of pods. One forced delete leads to more than one request.",
+		Help: "Decisions about requests that take a pod, or its address, away.",
 	}, []string{"mode", "decision", "verdict", "path"})
-	if err := metrics.Registry.Register(decisions); err != nil {
-		return err
-	}
 	guard := &Guard{
-		nodes:     manager.GetCache(),
-		liveNodes: manager.GetAPIReader(),
+		policy:    p,
+		cached:    manager.GetCache(),
+		live:      manager.GetAPIReader(),
 		agents:    newAgents(strconv.Itoa(o.agentPort), o.agentTimeout, mtls.Dir(o.agentTLSDir)),
+		access:    subjectAccessReviews{manager.GetClient()},
+		holds:     holder{manager.GetClient()},
+		events:    manager.GetEventRecorder("eni-guard"),
 		decisions: decisions,
+		phases:    newPhaseWatch(),
+		now:       time.Now,
+	}
+	for _, collector := range []prometheus.Collector{decisions, guard.phases.reports} {
+		if err := metrics.Registry.Register(collector); err != nil {
+			return err
+		}
 	}
 	// Asked for here, because the manager starts the server only if somebody does.
 	server := manager.GetWebhookServer()
 	server.Register(ReviewPath, guard.Handler(log))
 
-	// The first request must not be the one that starts the cache of nodes and waits for it.
-	if _, err := manager.GetCache().GetInformer(ctx, &corev1.Node{}); err != nil {
-		return fmt.Errorf("watching nodes: %w", err)
+	// The first request must not be the one that starts a cache and waits for it.
+	for _, object := range []client.Object{&corev1.Node{}, namespaces} {
+		if _, err := manager.GetCache().GetInformer(ctx, object); err != nil {
+			return fmt.Errorf("watching %T: %w", object, err)
+		}
 	}
+	holds := &holdController{Guard: guard, pods: manager.GetCache(), log: log}
+	modes := &namespaceController{namespaces: manager.GetCache(), events: guard.events, log: log, defaultMode: p.mode}
 	err = errors.Join(
+		holds.setUp(manager),
+		modes.setUp(manager),
 		manager.AddHealthzCheck("alive", func(*http.Request) error { return nil }),
 		manager.AddReadyzCheck("listener", server.StartedChecker()),
-		manager.AddReadyzCheck("nodes", func(r *http.Request) error {
+		manager.AddReadyzCheck("caches", func(r *http.Request) error {
 			if !manager.GetCache().WaitForCacheSync(r.Context()) {
-				return errors.New("the cache of nodes is not filled yet")
+				return errors.New("the caches of nodes and namespaces are not filled yet")
 			}
 			return nil
 		}),
@@ -154,15 +214,44 @@ func (o options) run(ctx context.Context, log logr.Logger) error {
 	return manager.Start(ctx)
 }
 
-// trimNode keeps of a Node what a decision needs; the rest, images above all, would be most of the webhook's memory.
-func trimNode(object any) (any, error) {
-	node, ok := object.(*corev1.Node)
+// trimNodes keeps of a Node what a decision needs; the rest, images above all, would be most of the webhook's memory. Of
+// the labels it keeps those that the selectors ask for.
+func trimNodes(selectors []labels.Selector) toolscache.TransformFunc {
+	wanted := map[string]bool{}
+	for _, selector := range selectors {
+		requirements, _ := selector.Requirements()
+		for _, requirement := range requirements {
+			wanted[requirement.Key()] = true
+		}
+	}
+	return func(object any) (any, error) {
+		node, ok := object.(*corev1.Node)
+		if !ok {
+			return object, nil
+		}
+		trimmed := &corev1.Node{}
+		trimmed.Name, trimmed.UID, trimmed.ResourceVersion = node.Name, node.UID, node.ResourceVersion
+		for key, value := range node.Labels {
+			if wanted[key] {
+				metav1.SetMetaDataLabel(&trimmed.ObjectMeta, key, value)
+			}
+		}
+		trimmed.Spec.Taints = node.Spec.Taints
+		trimmed.Status.Addresses = node.Status.Addresses
+		return trimmed, nil
+	}
+}
+
+// trimNamespace keeps of a namespace its mode.
+func trimNamespace(object any) (any, error) {
+	namespace, ok := object.(*metav1.PartialObjectMetadata)
 	if !ok {
 		return object, nil
 	}
-	trimmed := &corev1.Node{}
-	trimmed.Name, trimmed.UID, trimmed.ResourceVersion = node.Name, node.UID, node.ResourceVersion
-	trimmed.Spec.Taints = node.Spec.Taints
-	trimmed.Status.Addresses = node.Status.Addresses
+	trimmed := &metav1.PartialObjectMetadata{TypeMeta: namespace.TypeMeta}
+	trimmed.Name, trimmed.UID, trimmed.ResourceVersion = namespace.Name, namespace.UID, namespace.ResourceVersion
+	if value, ok := namespace.Labels[ModeLabel]; ok {
+		trimmed.Labels = map[string]string{ModeLabel: value}
+	}
 	return trimmed, nil
 }

@@ -1,6 +1,10 @@
 package webhook
 
-import "github.com/eni-guard/eni-guard/internal/sandbox"
+import (
+	"fmt"
+
+	"github.com/eni-guard/eni-guard/internal/sandbox"
+)
 
 // Outcome is what happens to a request; the values are those of the audit annotation "decision". The zero value is no
 // decision, and is answered as a refusal.
@@ -13,24 +17,59 @@ const (
 	Exempt Outcome = "exempt"
 	// Denied means: the pod stays.
 	Denied Outcome = "denied"
+	// Held means: the pod may be marked for removal, and its object is kept by Finalizer until its node has let go of it.
+	Held Outcome = "held"
+	// Audited means: the pod goes, though it should not, because the mode says so.
+	Audited Outcome = "audited"
+	// Overridden means: the pod goes, though it may be bound, because somebody who has the right to says so.
+	Overridden Outcome = "overridden"
 )
 
-// Mode is what the guard does about a removal it does not want; the value is that of the audit annotation "mode".
+// allows says whether the API server may go on with the request.
+func (o Outcome) allows() bool { return o != Denied && o != "" }
+
+// Mode is what the guard does about a removal it does not want; the values are those of the namespace label ModeLabel and
+// of the audit annotation "mode".
 type Mode string
 
-// ModeDeny refuses the request.
-const ModeDeny Mode = "deny"
+const (
+	// ModeDeny refuses the request.
+	ModeDeny Mode = "deny"
+	// ModeHold lets the pod be marked and keeps its object; what cannot be held is refused.
+	ModeHold Mode = "hold"
+	// ModeAudit lets the request through, and says and records what it would have refused.
+	ModeAudit Mode = "audit"
+	// ModeOff leaves the pods of the namespace alone.
+	ModeOff Mode = "off"
+)
+
+// ModeLabel is the label of a namespace that picks the mode for its pods.
+const ModeLabel = "eni-guard.io/mode"
+
+// parseMode reads a mode as people write it.
+func parseMode(text string) (Mode, error) {
+	switch mode := Mode(text); mode {
+	case ModeDeny, ModeHold, ModeAudit, ModeOff:
+		return mode, nil
+	}
+	return "", fmt.Errorf("%q is not a mode: use deny, hold, audit or off", text)
+}
 
 // Reason is why, in one word, for programs; the values are those of the audit annotation "reason".
 type Reason string
 
 // Reasons of exemptions.
 const (
-	ReasonNotForced    Reason = "NotForced"
-	ReasonOwnKubelet   Reason = "OwnKubelet"
-	ReasonNotScheduled Reason = "NotScheduled"
-	ReasonHostNetwork  Reason = "HostNetwork"
-	ReasonMirrorPod    Reason = "MirrorPod"
+	ReasonNotForced       Reason = "NotForced"
+	ReasonOwnKubelet      Reason = "OwnKubelet"
+	ReasonNotScheduled    Reason = "NotScheduled"
+	ReasonHostNetwork     Reason = "HostNetwork"
+	ReasonMirrorPod       Reason = "MirrorPod"
+	ReasonIgnoredByTerway Reason = "IgnoredByTerway"
+	ReasonExcludedNode    Reason = "ExcludedNode"
+	ReasonModeOff         Reason = "ModeOff"
+	// ReasonNoSuchPod means: the pod of an eviction is not there, and the API server is about to say so.
+	ReasonNoSuchPod Reason = "NoSuchPod"
 )
 
 // Reasons of decisions.
@@ -49,9 +88,13 @@ const (
 	ReasonNodeOutOfService Reason = "NodeOutOfService"
 	// ReasonContainersTerminated means: nobody answers, but the kubelet has reported every container of the pod terminated.
 	ReasonContainersTerminated Reason = "ContainersTerminated"
+	// ReasonOverride means: the pod has an override, and who removes it has the right to one.
+	ReasonOverride Reason = "Override"
+	// ReasonHoldFailed means: the pod was to be held, and the finalizer could not be added.
+	ReasonHoldFailed Reason = "HoldFailed"
 )
 
-// evidence is everything a decision rests on.
+// evidence is what was found out about a pod.
 type evidence struct {
 	// report is the agent's answer; the zero Report, which is Unknown, where there is none.
 	report sandbox.Report
@@ -63,39 +106,75 @@ type evidence struct {
 	containersTerminated bool
 }
 
+// situation is everything a decision rests on.
+type situation struct {
+	mode Mode
+	evidence
+	override override
+	// holdable says that Finalizer would keep the pod: it is there, or can still be added.
+	holdable bool
+}
+
 // decision is the answer to one removal.
 type decision struct {
 	outcome Outcome
-	mode    Mode
 	verdict sandbox.Verdict
 	reason  Reason
-	evidence
+	// holdFailure says why the finalizer could not be added: ReasonHoldFailed.
+	holdFailure string
+	situation
 }
 
-// decide is the table of decisions: a pure function of what was found. A finding always refuses. Not knowing refuses
-// too, except where somebody other than the agent has answered for the pod.
-func decide(e evidence) decision {
-	d := decision{outcome: Denied, mode: ModeDeny, verdict: e.report.Verdict(), evidence: e}
+// decide is the table of decisions: a pure function of what was found. Not knowing counts as much as a finding, except
+// where somebody other than the agent has answered for the pod. docs/design.md has the table; keep both the same.
+func decide(s situation) decision {
+	d := decision{verdict: s.report.Verdict(), situation: s}
+	d.reason = d.judge()
 	switch {
-	case d.verdict == sandbox.Released:
-		d.outcome, d.reason = Allowed, ReasonReleased
-	case d.verdict == sandbox.Bound:
-		d.reason = ReasonBound
-	case e.nodeGone:
-		d.outcome, d.reason = Allowed, ReasonNodeGone
-	case e.nodeOutOfService:
-		d.outcome, d.reason = Allowed, ReasonNodeOutOfService
-	case e.containersTerminated:
-		d.outcome, d.reason = Allowed, ReasonContainersTerminated
-	case e.failure != "":
-		d.reason = ReasonNoAnswer
+	case s.override.authorised:
+		d.outcome, d.reason = Overridden, ReasonOverride
+	case mayGo(d.reason):
+		d.outcome = Allowed
+	case s.mode == ModeAudit:
+		d.outcome = Audited
+	case s.mode == ModeHold && s.holdable:
+		d.outcome = Held
 	default:
-		d.reason = ReasonProbeFailed
+		d.outcome = Denied
 	}
 	return d
 }
 
+// judge says what is known about the pod, in one word.
+func (d decision) judge() Reason {
+	switch {
+	case d.verdict == sandbox.Released:
+		return ReasonReleased
+	case d.verdict == sandbox.Bound:
+		return ReasonBound
+	case d.nodeGone:
+		return ReasonNodeGone
+	case d.nodeOutOfService:
+		return ReasonNodeOutOfService
+	case d.containersTerminated:
+		return ReasonContainersTerminated
+	case d.failure != "":
+		return ReasonNoAnswer
+	default:
+		return ReasonProbeFailed
+	}
+}
+
+// mayGo lists the reasons for which a pod goes in every mode.
+func mayGo(reason Reason) bool {
+	switch reason {
+	case ReasonReleased, ReasonNodeGone, ReasonNodeOutOfService, ReasonContainersTerminated:
+		return true
+	}
+	return false
+}
+
 // exemptDecision is the decision about a removal that no agent is asked about.
-func exemptDecision(reason Reason) decision {
-	return decision{outcome: Exempt, mode: ModeDeny, verdict: sandbox.NotAsked, reason: reason}
+func exemptDecision(mode Mode, reason Reason) decision {
+	return decision{outcome: Exempt, verdict: sandbox.NotAsked, reason: reason, situation: situation{mode: mode}}
 }

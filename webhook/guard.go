@@ -1,19 +1,23 @@
 // Package webhook is the admission side of eni-guard. A request goes one way through it: transport (server.go), facts
-// (removal.go), exemption (exemption.go), the agent's report (guard.go, agents.go), decision (decision.go), response
-// (response.go, message.go).
+// (removal.go, rule.go), exemption (exemption.go), the agent's report (guard.go, agents.go), override (override.go),
+// decision (decision.go), hold (hold.go), response (response.go, message.go).
 package webhook
 
 import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/go-logr/logr"
 	"github.com/prometheus/client_golang/prometheus"
 	admissionv1 "k8s.io/api/admission/v1"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/client-go/tools/events"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"github.com/eni-guard/eni-guard/internal/sandbox"
@@ -22,56 +26,166 @@ import (
 // asker asks the agent at a node's address; see agents.ask for the contract of its error.
 type asker interface {
 	ask(ctx context.Context, address string, query sandbox.Query) (sandbox.Report, error)
+	// await is ask, but the agent answers only when the pod is released, or after wait.
+	await(ctx context.Context, address string, query sandbox.Query, wait time.Duration) (sandbox.Report, error)
+}
+
+// policy is what the people who install the guard decide.
+type policy struct {
+	// mode is that of namespaces without a valid label.
+	mode Mode
+	// allowWhenNodeIsGone lets a pod go that nobody can be asked about, because the Node object is gone or out of service.
+	allowWhenNodeIsGone bool
+	// excludedNodes select the nodes that have no agent.
+	excludedNodes []labels.Selector
 }
 
 // Guard decides about removals of pods.
 type Guard struct {
-	// nodes reads Node objects: cached for the address of a node, live for what may allow a removal.
-	nodes, liveNodes client.Reader
-	agents           asker
-	decisions        *prometheus.CounterVec
+	policy
+	// cached reads nodes and namespaces; live reads what may allow a removal, and pods.
+	cached, live client.Reader
+	agents       asker
+	access       accessReviewer
+	holds        holder
+	events       events.EventRecorder
+	decisions    *prometheus.CounterVec
+	recent       recentDecisions
+	phases       phaseWatch
+	now          func() time.Time
 }
 
 // review answers one admission request. An error means that the request cannot be judged, because it is not what the
-// API server sends for a DELETE of pods.
+// API server sends about the ways in that the guard watches.
 func (g *Guard) review(ctx context.Context, log logr.Logger, request *admissionv1.AdmissionRequest) (*admissionv1.AdmissionResponse, error) {
 	r, err := removalOf(request)
 	if err != nil {
 		return nil, err
 	}
-	d := g.decide(ctx, r)
-	g.decisions.WithLabelValues(string(d.mode), string(d.outcome), string(d.verdict), string(r.path)).Inc()
-	log.Info("decision", "request", request.UID, "decision", d.outcome, "reason", d.reason, "verdict", d.verdict, "mode", d.mode,
-		"path", r.path, "dryRun", r.dryRun, "user", r.user.Username, "namespace", r.pod.Namespace, "pod", r.pod.Name, "podUID", r.pod.UID,
-		"node", r.pod.Spec.NodeName, "podIPs", podIPs(r.pod), "evidence", evidenceWords(d))
+	if r.path == PathPhase {
+		g.watchPhase(log, r)
+		return &admissionv1.AdmissionResponse{Allowed: true}, nil
+	}
+	d, repeated := g.recent.get(r, g.now())
+	if !repeated {
+		d = g.judge(ctx, r)
+	}
+	if d.outcome == Held && r.mustAddFinalizer() && !r.dryRun {
+		if err := g.holds.hold(ctx, r.pod, finding(r.pod, d), g.now()); err != nil {
+			d.outcome, d.reason, d.holdFailure, repeated = Denied, ReasonHoldFailed, err.Error(), false
+		}
+	}
+	if d.outcome == Overridden && held(r.pod) && !r.dryRun {
+		g.holds.freeSoon(log, r.pod)
+	}
+	if !repeated {
+		g.recent.put(r, d, g.now())
+		g.record(log, request.UID, r, d)
+	}
 	return respond(r, d), nil
 }
 
-func (g *Guard) decide(ctx context.Context, r *removal) decision {
-	if reason, ok := exempt(r); ok {
-		return exemptDecision(reason)
+// record leaves the traces of a decision: a count, a line of the log, an Event.
+func (g *Guard) record(log logr.Logger, request types.UID, r *removal, d decision) {
+	g.decisions.WithLabelValues(string(d.mode), string(d.outcome), string(d.verdict), string(r.path)).Inc()
+	log.Info("decision", "request", request, "decision", d.outcome, "reason", d.reason, "verdict", d.verdict, "mode", d.mode,
+		"path", r.path, "dryRun", r.dryRun, "user", r.user.Username, "namespace", r.pod.Namespace, "pod", r.pod.Name, "podUID", r.pod.UID,
+		"node", r.pod.Spec.NodeName, "podIPs", podIPs(r.pod), "evidence", evidenceWords(d), "override", d.override.reason)
+	if d.outcome != Exempt && !r.dryRun {
+		kind := corev1.EventTypeWarning
+		if d.outcome == Allowed {
+			kind = corev1.EventTypeNormal
+		}
+		g.events.Eventf(reference(r.pod), nil, kind, eventReasons[d.outcome], string(r.path), "%s", eventNote(r, d))
 	}
-	e := evidence{containersTerminated: containersTerminated(r.pod)}
+}
+
+// judge finds out what the decision rests on, and decides.
+func (g *Guard) judge(ctx context.Context, r *removal) decision {
+	mode := g.mode(ctx, r.pod.Namespace)
+	if r.path == PathEviction {
+		err := g.live.Get(ctx, client.ObjectKeyFromObject(r.pod), r.pod)
+		switch {
+		case apierrors.IsNotFound(err):
+			return exemptDecision(mode, ReasonNoSuchPod)
+		case err != nil:
+			return decide(situation{mode: mode, evidence: evidence{failure: fmt.Sprintf("the pod could not be read: %v", err)}})
+		}
+	}
+	if reason, ok := exempt(r, surroundings{mode: mode, excludedNode: g.excluded(ctx, r.pod.Spec.NodeName)}); ok {
+		return exemptDecision(mode, reason)
+	}
+	s := situation{mode: mode, holdable: r.holdable(), evidence: g.evidence(ctx, r.pod, g.agents.ask)}
+	s.override = authorise(ctx, g.access, overrideOf(r.pod, g.now()), r.user, r.pod)
+	return decide(s)
+}
+
+// mode is what the label of a namespace says, or the default. What would let more through than the default does not
+// come from a cache that may lag.
+func (g *Guard) mode(ctx context.Context, namespace string) Mode {
+	mode := g.readMode(ctx, g.cached, namespace)
+	if mode == ModeAudit || mode == ModeOff {
+		mode = g.readMode(ctx, g.live, namespace)
+	}
+	return mode
+}
+
+func (g *Guard) readMode(ctx context.Context, from client.Reader, name string) Mode {
+	namespace := &metav1.PartialObjectMetadata{}
+	namespace.SetGroupVersionKind(corev1.SchemeGroupVersion.WithKind("Namespace"))
+	if err := from.Get(ctx, types.NamespacedName{Name: name}, namespace); err != nil {
+		return g.policy.mode
+	}
+	// A label of another value is reported by the controller in namespaces.go.
+	if mode, err := parseMode(namespace.Labels[ModeLabel]); err == nil {
+		return mode
+	}
+	return g.policy.mode
+}
+
+// excluded says whether a node is one of those without an agent.
+func (g *Guard) excluded(ctx context.Context, name string) bool {
+	if len(g.excludedNodes) == 0 || name == "" {
+		return false
+	}
+	var node corev1.Node
+	if err := g.cached.Get(ctx, types.NamespacedName{Name: name}, &node); err != nil {
+		return false
+	}
+	for _, selector := range g.excludedNodes {
+		if selector.Matches(labels.Set(node.Labels)) {
+			return true
+		}
+	}
+	return false
+}
+
+// askFunc is one of the ways to ask an agent.
+type askFunc func(ctx context.Context, address string, query sandbox.Query) (sandbox.Report, error)
+
+// evidence is what is known about a pod: from the agent of its node, from the API server, from its kubelet.
+func (g *Guard) evidence(ctx context.Context, pod *corev1.Pod, ask askFunc) evidence {
+	e := evidence{containersTerminated: containersTerminated(pod)}
 	var err error
-	if e.report, err = g.report(ctx, r); err != nil {
+	if e.report, err = g.report(ctx, pod, ask); err != nil {
 		e.failure = err.Error()
 	}
-	if e.report.Verdict() == sandbox.Unknown {
+	if e.report.Verdict() == sandbox.Unknown && g.allowWhenNodeIsGone {
 		// Not from the cache: one that lags would call a new node gone, or one back in service out of it. An error here
 		// leaves both false, and the removal refused.
 		var node corev1.Node
-		err := g.liveNodes.Get(ctx, types.NamespacedName{Name: r.pod.Spec.NodeName}, &node)
+		err := g.live.Get(ctx, types.NamespacedName{Name: pod.Spec.NodeName}, &node)
 		e.nodeGone = apierrors.IsNotFound(err)
 		e.nodeOutOfService = err == nil && outOfService(&node)
 	}
-	return decide(e)
+	return e
 }
 
 // report asks the agent of the pod's node. The error says, in a sentence, why there is no answer.
-func (g *Guard) report(ctx context.Context, r *removal) (sandbox.Report, error) {
-	name := r.pod.Spec.NodeName
+func (g *Guard) report(ctx context.Context, pod *corev1.Pod, ask askFunc) (sandbox.Report, error) {
+	name := pod.Spec.NodeName
 	var node corev1.Node
-	if err := g.nodes.Get(ctx, types.NamespacedName{Name: name}, &node); err != nil {
+	if err := g.cached.Get(ctx, types.NamespacedName{Name: name}, &node); err != nil {
 		if apierrors.IsNotFound(err) {
 			return sandbox.Report{}, fmt.Errorf("node %s is not known", name)
 		}
@@ -81,7 +195,7 @@ func (g *Guard) report(ctx context.Context, r *removal) (sandbox.Report, error) 
 	if err != nil {
 		return sandbox.Report{}, fmt.Errorf("the agent of node %s %w", name, err)
 	}
-	report, err := g.agents.ask(ctx, address, query(r.pod))
+	report, err := ask(ctx, address, query(pod))
 	if err != nil {
 		return sandbox.Report{}, fmt.Errorf("the agent of node %s %w", name, err)
 	}

@@ -5,6 +5,8 @@ import (
 	"slices"
 	"strings"
 
+	corev1 "k8s.io/api/core/v1"
+
 	"github.com/eni-guard/eni-guard/internal/sandbox"
 )
 
@@ -15,20 +17,26 @@ var runbookSections = map[Reason]string{
 	ReasonBound:       "the-pod-is-still-on-its-node",
 	ReasonNoAnswer:    "the-agent-gives-no-answer",
 	ReasonProbeFailed: "the-agent-could-not-look-everywhere",
+	ReasonHoldFailed:  "the-pod-could-not-be-held",
 }
 
-// message is what a refused person reads: what is still there, what to do now, and where to read more. Three lines.
+// message is what a refused person reads: what is still there, what to do now, how to do it all the same, and where to
+// read more. Three lines.
 func message(r *removal, d decision) string {
-	return strings.Join([]string{finding(r, d), advice(r, d), "More: " + runbook + runbookSections[d.reason]}, "\n")
+	return strings.Join([]string{
+		finding(r.pod, d),
+		strings.Join(append(advice(r, d), overriding(r.pod, d.override)), " "),
+		"More: " + runbook + runbookSections[d.reason],
+	}, "\n")
 }
 
-// finding is the first line: what is known, in plain words.
-func finding(r *removal, d decision) string {
-	pod := r.pod.Namespace + "/" + r.pod.Name
-	if d.reason != ReasonBound {
-		return fmt.Sprintf("cannot tell whether pod %s is still alive on node %s: %s.", pod, r.pod.Spec.NodeName, strings.Join(failures(d), "; "))
+// finding is what is known of a pod that may not go, in plain words.
+func finding(pod *corev1.Pod, d decision) string {
+	name := pod.Namespace + "/" + pod.Name
+	if d.verdict != sandbox.Bound {
+		return fmt.Sprintf("cannot tell whether pod %s is still alive on node %s: %s.", name, pod.Spec.NodeName, strings.Join(failures(d), "; "))
 	}
-	text := fmt.Sprintf("pod %s is still alive on node %s: %s", pod, r.pod.Spec.NodeName, d.report.Findings[0])
+	text := fmt.Sprintf("pod %s is still alive on node %s: %s", name, pod.Spec.NodeName, d.report.Findings[0])
 	var where []string
 	if id := firstSandbox(d.report.Findings); id != "" && d.report.Findings[0].Kind != sandbox.SandboxReady {
 		where = append(where, "sandbox "+sandbox.ShortID(id))
@@ -42,28 +50,81 @@ func finding(r *removal, d decision) string {
 	return text + "."
 }
 
-// advice is the second line: the next step that is safe.
-func advice(r *removal, d decision) string {
-	var steps []string
-	if d.reason == ReasonBound {
-		steps = append(steps, "Removing the pod now would free its address while it is in use.")
-		switch {
-		case r.pod.DeletionTimestamp != nil:
-			steps = append(steps, "It is being deleted already and goes by itself as soon as its node has let go of it.")
-		case terminal(r.pod):
-			// For the API server every delete of such a pod is a forced one, --now too.
-			steps = append(steps, "It has finished, and its node is about to let go of it: try again in a moment.")
-		default:
-			steps = append(steps, fmt.Sprintf("Use `kubectl delete pod %s -n %s --now`: the pod then goes as soon as its node has let go of it.", r.pod.Name, r.pod.Namespace))
-		}
-		// Any process is in state D for moments; one that was told to end and still is, is stuck.
-		if p := d.report.Findings[0].Process; p != nil && p.Uninterruptible() && r.pod.DeletionTimestamp != nil {
-			steps = append(steps, "No signal ends a process in state D: what it waits for must be mended, or the node rebooted.")
-		}
-		return strings.Join(steps, " ")
+// summary is what is known of any pod.
+func summary(pod *corev1.Pod, d decision) string {
+	if d.verdict == sandbox.Released || mayGo(d.reason) {
+		return fmt.Sprintf("pod %s/%s: %s.", pod.Namespace, pod.Name, goneWords(d, pod.Spec.NodeName))
 	}
-	return fmt.Sprintf("An address that may be in use is not given away. Look at the agent: `kubectl get pods -A -l app.kubernetes.io/name=eni-guard,"+
-		"app.kubernetes.io/component=agent --field-selector spec.nodeName=%s`; then try again.", r.pod.Spec.NodeName)
+	return finding(pod, d)
+}
+
+// goneWords says why a pod may go.
+func goneWords(d decision, node string) string {
+	switch d.reason {
+	case ReasonNodeGone:
+		return "node " + node + " is gone"
+	case ReasonNodeOutOfService:
+		return "node " + node + " is out of service"
+	case ReasonContainersTerminated:
+		return "node " + node + " could not be asked, but its kubelet has reported every container terminated"
+	default:
+		return "nothing of it is left on node " + node
+	}
+}
+
+// advice is the next step that is safe.
+func advice(r *removal, d decision) []string {
+	pod := r.pod
+	switch {
+	case d.reason == ReasonHoldFailed:
+		return []string{fmt.Sprintf("Its object was to be held until then, but that failed: %s. Try again.", d.holdFailure)}
+	case d.reason != ReasonBound:
+		return []string{fmt.Sprintf("An address that may be in use is not given away. Look at the agent: `kubectl get pods -A -l app.kubernetes.io/name=eni-guard,"+
+			"app.kubernetes.io/component=agent --field-selector spec.nodeName=%s`; then try again.", pod.Spec.NodeName)}
+	case r.path == PathIgnoreLabel:
+		return []string{fmt.Sprintf("With the label %s=true Terway would free its address while it is in use. Give the label to pods when they are created.", IgnoreLabel)}
+	}
+	steps := []string{"Removing the pod now would free its address while it is in use."}
+	switch {
+	case r.path == PathFinalizer:
+		steps = append(steps, "The finalizer holds it, and is taken away as soon as its node has let go of it.")
+	case pod.DeletionTimestamp != nil:
+		steps = append(steps, "It is being deleted already and goes by itself as soon as its node has let go of it.")
+	case terminal(pod):
+		// For the API server every delete of such a pod is a forced one, --now too.
+		steps = append(steps, "It has finished, and its node is about to let go of it: try again in a moment.")
+	default:
+		steps = append(steps, fmt.Sprintf("Use `kubectl delete pod %s -n %s --now`: the pod then goes as soon as its node has let go of it.", pod.Name, pod.Namespace))
+	}
+	// Any process is in state D for moments; one that was told to end and still is, is stuck.
+	if p := d.report.Findings[0].Process; p != nil && p.Uninterruptible() && pod.DeletionTimestamp != nil {
+		steps = append(steps, "No signal ends a process in state D: what it waits for must be mended, or the node rebooted.")
+	}
+	return steps
+}
+
+// overriding says how to remove the pod all the same, or why the override that it has does not count.
+func overriding(pod *corev1.Pod, o override) string {
+	if o.refused != "" {
+		return "The override on it does not count: " + o.refused + "."
+	}
+	return fmt.Sprintf("To override, with the right `override` on `forcedeletes.eni-guard.io`: `kubectl annotate pod %s -n %s %s='WHY'`, then repeat your command.",
+		pod.Name, pod.Namespace, OverrideAnnotation)
+}
+
+// warning is what somebody is told whose request goes through although the pod is, or may be, bound.
+func warning(r *removal, d decision) string {
+	switch d.outcome {
+	case Held:
+		return "held until its node has let go of it: " + finding(r.pod, d)
+	case Audited:
+		return "eni-guard would refuse this, but only records it: " + finding(r.pod, d)
+	case Overridden:
+		if d.verdict != sandbox.Released {
+			return "overridden: " + summary(r.pod, d)
+		}
+	}
+	return ""
 }
 
 func firstSandbox(findings []sandbox.Finding) string {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
 
 	admissionv1 "k8s.io/api/admission/v1"
 	authenticationv1 "k8s.io/api/authentication/v1"
@@ -171,20 +172,53 @@ func (r *removal) effect() effect {
 	}
 }
 
+// holdable says whether Finalizer keeps the pod from what the request does: it is there already, or can still be added.
+// The API server takes no new finalizer for an object that is being deleted.
+func (r *removal) holdable() bool {
+	switch r.path {
+	case PathDelete, PathCollection, PathEviction:
+		return held(r.pod) || r.pod.DeletionTimestamp == nil
+	}
+	return false
+}
+
+// mustAddFinalizer says whether a held pod must be given the finalizer in this call. What the API server has read of the
+// pod is what it goes on with, or it asks again; so a pod that has the finalizer there needs nothing, also in a
+// later call of the same removal, and one that has lost it needs it again. An eviction reads the pod later: there the
+// finalizer is added, or confirmed, in every call, so that the controller cannot take it away in between.
+func (r *removal) mustAddFinalizer() bool {
+	return !held(r.pod) || r.path == PathEviction && r.pod.DeletionTimestamp == nil
+}
+
 // query is what an agent is asked about the pod.
 func query(pod *corev1.Pod) sandbox.Query {
 	return sandbox.Query{Node: pod.Spec.NodeName, Namespace: pod.Namespace, Name: pod.Name, UID: string(pod.UID), IPs: podIPs(pod)}
 }
 
-// podIPs returns the addresses in the pod's status, without those that are not addresses.
+// podIPs returns the addresses in the pod's status, without those that are not addresses, and those that it had when it was
+// held: the kubelet takes addresses out of the status of a pod before they are free.
 func podIPs(pod *corev1.Pod) []netip.Addr {
+	texts := []string{pod.Status.PodIP}
+	for _, entry := range pod.Status.PodIPs {
+		texts = append(texts, entry.IP)
+	}
+	texts = append(texts, strings.Split(pod.Annotations[HeldAddressesAnnotation], ",")...)
 	var ips []netip.Addr
-	for _, entry := range append([]corev1.PodIP{{IP: pod.Status.PodIP}}, pod.Status.PodIPs...) {
-		if ip, err := netip.ParseAddr(entry.IP); err == nil && !slices.Contains(ips, ip.Unmap()) {
+	for _, text := range texts {
+		if ip, err := netip.ParseAddr(text); err == nil && !slices.Contains(ips, ip.Unmap()) {
 			ips = append(ips, ip.Unmap())
 		}
 	}
 	return ips
+}
+
+// addressWords joins addresses as annotations have them.
+func addressWords(ips []netip.Addr) string {
+	texts := make([]string, 0, len(ips))
+	for _, ip := range ips {
+		texts = append(texts, ip.String())
+	}
+	return strings.Join(texts, ",")
 }
 
 // ignored says whether Terway leaves the pod alone.

@@ -7,6 +7,7 @@ import (
 	"strings"
 
 	admissionv1 "k8s.io/api/admission/v1"
+	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/eni-guard/eni-guard/internal/sandbox"
@@ -17,25 +18,46 @@ const (
 	// may have thousands of processes.
 	maxEvidence       = 20
 	maxEvidenceLength = 2048
+	// maxWarning bounds a warning: the API server cuts all of them to 256 characters once they have 4096 together, as those of
+	// a collection delete soon have (k8s.io/apiserver pkg/endpoints/filters/warning.go).
+	maxWarning = 256
+	// maxEventNote is what events.k8s.io/v1 takes, in bytes.
+	maxEventNote = 1024
+	// causeOverrideRefused is the cause of a refusal in spite of an override.
+	causeOverrideRefused metav1.CauseType = "OverrideRefused"
 	// collectionKeyPrefix starts the audit annotation of a pod of a collection delete. All pods of one share one audit
 	// event, so each needs a key of its own; with a UID the key stays below the 63 characters of a qualified name.
 	collectionKeyPrefix = "pod."
 )
 
+// eventReasons are the reasons of the Events about a pod.
+var eventReasons = map[Outcome]string{
+	Allowed:    "ForcedRemovalAllowed",
+	Denied:     "ForcedRemovalDenied",
+	Held:       "ForcedRemovalHeld",
+	Audited:    "ForcedRemovalAudited",
+	Overridden: "ForcedRemovalOverridden",
+}
+
 // respond builds the response to a decision. Every call of one removal must give the same annotations: they share an
 // audit event, and the API server keeps the first value of a key.
 func respond(r *removal, d decision) *admissionv1.AdmissionResponse {
 	response := &admissionv1.AdmissionResponse{
-		Allowed:          d.outcome == Allowed || d.outcome == Exempt,
+		Allowed:          d.outcome.allows(),
 		AuditAnnotations: annotations(r, d),
 	}
 	if !response.Allowed {
 		response.Result = refusal(r, d)
 	}
+	if text := warning(r, d); text != "" {
+		response.Warnings = []string{clip(text, maxWarning)}
+	}
 	return response
 }
 
-// refusal is a conflict with the state of the pod's node: with everything found as causes, for programs.
+// refusal is a conflict with the state of the pod's node: with everything found as causes, for programs. An eviction of a
+// pod that is being deleted is put off instead, as by a disruption budget, so that a drain waits for it; for one that
+// nobody has told to end, waiting would never help. Without a time to wait, or client-go would repeat the call by itself.
 func refusal(r *removal, d decision) *metav1.Status {
 	status := &metav1.Status{
 		Status:  metav1.StatusFailure,
@@ -43,6 +65,9 @@ func refusal(r *removal, d decision) *metav1.Status {
 		Reason:  metav1.StatusReasonConflict,
 		Message: message(r, d),
 		Details: &metav1.StatusDetails{Name: r.pod.Name, Kind: "pods", UID: r.pod.UID},
+	}
+	if r.path == PathEviction && r.pod.DeletionTimestamp != nil {
+		status.Code, status.Reason = http.StatusTooManyRequests, metav1.StatusReasonTooManyRequests
 	}
 	listed := d.report.Findings[:min(len(d.report.Findings), maxEvidence)]
 	for _, finding := range listed {
@@ -53,6 +78,12 @@ func refusal(r *removal, d decision) *metav1.Status {
 	}
 	for _, failure := range failures(d) {
 		status.Details.Causes = append(status.Details.Causes, metav1.StatusCause{Type: metav1.CauseType(ReasonProbeFailed), Message: failure})
+	}
+	if d.override.refused != "" {
+		status.Details.Causes = append(status.Details.Causes, metav1.StatusCause{Type: causeOverrideRefused, Message: d.override.refused})
+	}
+	if d.holdFailure != "" {
+		status.Details.Causes = append(status.Details.Causes, metav1.StatusCause{Type: metav1.CauseType(ReasonHoldFailed), Message: d.holdFailure})
 	}
 	return status
 }
@@ -68,26 +99,44 @@ func failures(d decision) []string {
 	return d.report.Failures()
 }
 
-// evidenceWords is what was found, and what could not be found out, within bounds.
+// evidenceWords is what was found, what could not be found out, and why an override does not count, within bounds.
 func evidenceWords(d decision) string {
 	var words []string
 	for _, finding := range d.report.Findings[:min(len(d.report.Findings), maxEvidence)] {
 		words = append(words, finding.String())
 	}
 	words = append(words, failures(d)...)
-	text := strings.Join(words, "; ")
-	if len(text) > maxEvidenceLength {
-		text = strings.ToValidUTF8(text[:maxEvidenceLength], "") + "…"
+	if d.override.refused != "" {
+		words = append(words, "the override does not count: "+d.override.refused)
 	}
-	return text
+	return clip(strings.Join(words, "; "), maxEvidenceLength)
+}
+
+// eventNote is what an Event says: who, and what was found.
+func eventNote(r *removal, d decision) string {
+	note := fmt.Sprintf("user %s: %s", r.user.Username, summary(r.pod, d))
+	if d.outcome == Overridden {
+		note += fmt.Sprintf(" Override: %q.", d.override.reason)
+	}
+	return clip(note, maxEventNote)
+}
+
+// clip cuts a text to so many bytes.
+func clip(text string, limit int) string {
+	const mark = "…"
+	if len(text) <= limit {
+		return text
+	}
+	return strings.ToValidUTF8(text[:limit-len(mark)], "") + mark
+}
+
+// reference points an Event at a pod.
+func reference(pod *corev1.Pod) *corev1.ObjectReference {
+	return &corev1.ObjectReference{APIVersion: "v1", Kind: "Pod", Namespace: pod.Namespace, Name: pod.Name, UID: pod.UID}
 }
 
 // annotations are what the audit log keeps of a decision, by the keys of the contract in docs/design.md.
 func annotations(r *removal, d decision) map[string]string {
-	var ips []string
-	for _, ip := range podIPs(r.pod) {
-		ips = append(ips, ip.String())
-	}
 	fields := map[string]string{
 		"decision": string(d.outcome),
 		"verdict":  string(d.verdict),
@@ -96,9 +145,12 @@ func annotations(r *removal, d decision) map[string]string {
 		"pod":      r.pod.Namespace + "/" + r.pod.Name,
 		"pod-uid":  string(r.pod.UID),
 		"node":     r.pod.Spec.NodeName,
-		"pod-ips":  strings.Join(ips, ","),
+		"pod-ips":  addressWords(podIPs(r.pod)),
 		"evidence": evidenceWords(d),
 		"reason":   string(d.reason),
+	}
+	if d.override.reason != "" {
+		fields["override-reason"] = d.override.reason
 	}
 	if r.path != PathCollection {
 		return fields

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"testing"
 
+	authenticationv1 "k8s.io/api/authentication/v1"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/util/validation"
 
@@ -32,48 +33,79 @@ func stuck() []sandbox.Finding {
 	return report.Findings
 }
 
-// What a refused person reads is the user interface: every message stands in testdata as it is printed.
+// What people read is the user interface: every message stands in testdata as it is printed.
 func TestMessages(t *testing.T) {
+	bound, unknown := evidence{report: allProbes(stuck()...)}, evidence{failure: "the agent of node node-a did not answer within 5s at 192.0.2.7:9807"}
+	with := func(s situation, change func(*situation)) situation { change(&s); return s }
+	expired := override{reason: "node lost", refused: "it has expired: the annotation eni-guard.io/allow-force-delete-until is 2026-11-24T01:00:00Z, and it is 2026-11-24T03:00:00Z"}
+	right := override{reason: "node lost", refused: `user alice does not have the right "override" on forcedeletes.eni-guard.io in namespace shop`}
 	for name, test := range map[string]struct {
-		pod      *corev1.Pod
-		evidence evidence
+		path      Path
+		pod       *corev1.Pod
+		situation situation
 	}{
-		"bound-process-in-state-D": {runningPod(terminating(new(int64(30)))), evidence{report: allProbes(stuck()...)}},
-		"bound-running":            {runningPod(), evidence{report: allProbes(stuck()[1:]...)}},
-		"bound-finished":           {runningPod(phase(corev1.PodSucceeded)), evidence{report: allProbes(stuck()[3:]...)}},
-		"bound-reading-a-disk":     {runningPod(), evidence{report: allProbes(stuck()...)}},
-		"bound-sandbox-only":       {runningPod(), evidence{report: allProbes(stuck()[3:]...)}},
-		"bound-namespace-only":     {runningPod(), evidence{report: allProbes(sandbox.Finding{Kind: sandbox.NetnsOpen, Netns: "net:[4026532178]"})}},
-		"no-answer":                {runningPod(), evidence{failure: "the agent of node node-a did not answer within 5s at 192.0.2.7:9807"}},
-		"probe-failed":             {runningPod(), evidence{report: failedProbe()}},
+		"bound-process-in-state-D":      {PathDelete, runningPod(terminating(new(int64(30)))), denying(bound)},
+		"bound-running":                 {PathDelete, runningPod(), denying(evidence{report: allProbes(stuck()[1:]...)})},
+		"bound-finished":                {PathDelete, runningPod(phase(corev1.PodSucceeded)), denying(evidence{report: allProbes(stuck()[3:]...)})},
+		"bound-reading-a-disk":          {PathDelete, runningPod(), denying(bound)},
+		"bound-sandbox-only":            {PathDelete, runningPod(), denying(evidence{report: allProbes(stuck()[3:]...)})},
+		"bound-namespace-only":          {PathDelete, runningPod(), denying(evidence{report: allProbes(sandbox.Finding{Kind: sandbox.NetnsOpen, Netns: "net:[4026532178]"})})},
+		"bound-in-mode-hold":            {PathDelete, runningPod(terminating(new(int64(30)))), with(denying(bound), func(s *situation) { s.mode = ModeHold })},
+		"bound-eviction":                {PathEviction, runningPod(), denying(bound)},
+		"bound-eviction-of-terminating": {PathEviction, runningPod(terminating(new(int64(30)))), denying(bound)},
+		"bound-ignore-label":            {PathIgnoreLabel, runningPod(), denying(bound)},
+		"bound-finalizer":               {PathFinalizer, runningPod(terminating(new(int64(0)))), denying(bound)},
+		"override-expired":              {PathDelete, runningPod(), with(denying(bound), func(s *situation) { s.override = expired })},
+		"override-without-the-right":    {PathDelete, runningPod(), with(denying(unknown), func(s *situation) { s.override = right })},
+		"no-answer":                     {PathDelete, runningPod(), denying(unknown)},
+		"probe-failed":                  {PathDelete, runningPod(), denying(evidence{report: failedProbe()})},
+		"held":                          {PathDelete, runningPod(), with(denying(bound), func(s *situation) { s.mode, s.holdable = ModeHold, true })},
+		"held-unknown":                  {PathEviction, runningPod(), with(denying(unknown), func(s *situation) { s.mode, s.holdable = ModeHold, true })},
+		"audited":                       {PathCollection, runningPod(), with(denying(bound), func(s *situation) { s.mode = ModeAudit })},
+		"audited-unknown":               {PathDelete, runningPod(), with(denying(unknown), func(s *situation) { s.mode = ModeAudit })},
+		"overridden":                    {PathDelete, runningPod(), with(denying(bound), func(s *situation) { s.override = override{reason: "node lost", authorised: true} })},
 	} {
 		t.Run(name, func(t *testing.T) {
-			response := respond(&removal{path: PathDelete, pod: test.pod}, decide(test.evidence))
-			if response.Allowed {
-				t.Fatal("allowed")
-			}
-			status := response.Result
-			got := fmt.Sprintf("%d %s\n%s\n", status.Code, status.Reason, status.Message)
-			for _, cause := range status.Details.Causes {
-				got += fmt.Sprintf("cause %s: %s\n", cause.Type, cause.Message)
-			}
-			golden := filepath.Join("testdata", "messages", name+".txt")
-			if *update {
-				if err := os.WriteFile(golden, []byte(got), 0o644); err != nil {
-					t.Fatal(err)
-				}
-			}
-			want, err := os.ReadFile(golden)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if got != string(want) {
-				t.Errorf("got\n%s\nwant (%s; go test -update writes it anew)\n%s", got, golden, want)
-			}
-			if lines := strings.Count(status.Message, "\n") + 1; lines > 3 {
-				t.Errorf("the message has %d lines, more than 3", lines)
-			}
+			compareGolden(t, name, &removal{path: test.path, pod: test.pod, user: authenticationv1.UserInfo{Username: "alice"}}, decide(test.situation))
 		})
+	}
+	failed := decide(denying(bound))
+	failed.reason, failed.holdFailure = ReasonHoldFailed, "changing pod shop/web-0: Forbidden"
+	t.Run("hold-failed", func(t *testing.T) {
+		compareGolden(t, "hold-failed", &removal{path: PathDelete, pod: runningPod()}, failed)
+	})
+}
+
+// compareGolden compares all that people and programs are told about a removal with what stands in testdata.
+func compareGolden(t *testing.T, name string, r *removal, d decision) {
+	t.Helper()
+	response := respond(r, d)
+	got := "allowed\n"
+	if status := response.Result; status != nil {
+		got = fmt.Sprintf("%d %s\n%s\n", status.Code, status.Reason, status.Message)
+		for _, cause := range status.Details.Causes {
+			got += fmt.Sprintf("cause %s: %s\n", cause.Type, cause.Message)
+		}
+		if lines := strings.Count(status.Message, "\n") + 1; lines > 3 {
+			t.Errorf("the message has %d lines, more than 3", lines)
+		}
+	}
+	for _, warning := range response.Warnings {
+		got += "warning: " + warning + "\n"
+	}
+	got += fmt.Sprintf("event %s: %s\n", eventReasons[d.outcome], eventNote(r, d))
+	golden := filepath.Join("testdata", "messages", name+".txt")
+	if *update {
+		if err := os.WriteFile(golden, []byte(got), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want, err := os.ReadFile(golden)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got != string(want) {
+		t.Errorf("got\n%s\nwant (%s; go test -update writes it anew)\n%s", got, golden, want)
 	}
 }
 
@@ -103,7 +135,7 @@ func TestRunbookHasEverySection(t *testing.T) {
 
 func TestAnnotations(t *testing.T) {
 	r := &removal{path: PathDelete, pod: runningPod()}
-	got := respond(r, decide(evidence{report: allProbes(stuck()...)})).AuditAnnotations
+	got := respond(r, decide(denying(evidence{report: allProbes(stuck()...)}))).AuditAnnotations
 	want := map[string]string{
 		"decision": "denied", "verdict": "bound", "mode": "deny", "path": "delete", "reason": "SandboxBound",
 		"pod": "shop/web-0", "pod-uid": "0e0d5ce6-6a6c-4c5b-9f6c-111111111111", "node": "node-a", "pod-ips": "10.1.2.3,fd00::3",
@@ -121,7 +153,7 @@ func TestAnnotations(t *testing.T) {
 	}
 
 	r.path = PathCollection
-	collection := respond(r, decide(evidence{report: allProbes()})).AuditAnnotations
+	collection := respond(r, decide(denying(evidence{report: allProbes()}))).AuditAnnotations
 	compact := collection["pod.0e0d5ce6-6a6c-4c5b-9f6c-111111111111"]
 	var fields map[string]string
 	if err := json.Unmarshal([]byte(compact), &fields); err != nil || len(collection) != 1 {
@@ -139,7 +171,7 @@ func TestAnnotationsStayWithinLimits(t *testing.T) {
 		many = append(many, sandbox.Finding{Kind: sandbox.ProcessAlive, Process: &sandbox.Process{PID: pid, Command: "日本語のコマンド", State: "S"}})
 	}
 	r := &removal{path: PathCollection, pod: runningPod(func(p *corev1.Pod) { p.Name = strings.Repeat("n", 253) })}
-	response := respond(r, decide(evidence{report: allProbes(many...)}))
+	response := respond(r, decide(denying(evidence{report: allProbes(many...)})))
 	if causes := response.Result.Details.Causes; len(causes) != maxEvidence+1 || causes[maxEvidence].Message != "4980 more findings" {
 		t.Errorf("%d causes, the last one %v", len(causes), causes[len(causes)-1])
 	}
@@ -154,20 +186,20 @@ func TestAnnotationsStayWithinLimits(t *testing.T) {
 }
 
 func TestEvidenceSaysWhatIsNotKnown(t *testing.T) {
-	got := respond(&removal{path: PathDelete, pod: runningPod()}, decide(evidence{report: failedProbe()})).AuditAnnotations["evidence"]
+	got := respond(&removal{path: PathDelete, pod: runningPod()}, decide(denying(evidence{report: failedProbe()}))).AuditAnnotations["evidence"]
 	if want := `the probe "runtime" did not run: container runtime: connection refused`; got != want {
 		t.Errorf("got %q, want %q", got, want)
 	}
 }
 
 func TestAllowedResponsesCarryNoStatus(t *testing.T) {
-	for _, d := range []decision{decide(evidence{report: allProbes()}), exemptDecision(ReasonHostNetwork)} {
+	for _, d := range []decision{decide(denying(evidence{report: allProbes()})), exemptDecision(ModeDeny, ReasonHostNetwork)} {
 		response := respond(&removal{path: PathDelete, pod: runningPod()}, d)
 		if !response.Allowed || response.Result != nil || response.AuditAnnotations["decision"] != string(d.outcome) {
 			t.Errorf("%s: got %+v", d.outcome, response)
 		}
 	}
-	if respond(&removal{pod: runningPod()}, decision{evidence: evidence{failure: "x"}}).Allowed {
+	if respond(&removal{pod: runningPod()}, decision{situation: denying(evidence{failure: "x"})}).Allowed {
 		t.Error("the zero decision allows")
 	}
 }

@@ -18,6 +18,7 @@ import (
 	authenticationv1 "k8s.io/api/authentication/v1"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/tools/events"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/client/fake"
 
@@ -26,11 +27,22 @@ import (
 	"github.com/eni-guard/eni-guard/internal/sandbox"
 )
 
-// askFunc is an agent of one function.
-type askFunc func(ctx context.Context, address string, query sandbox.Query) (sandbox.Report, error)
+// agentFunc is an agent of one function.
+type agentFunc func(ctx context.Context, address string, query sandbox.Query) (sandbox.Report, error)
 
-func (f askFunc) ask(ctx context.Context, address string, query sandbox.Query) (sandbox.Report, error) {
+func (f agentFunc) ask(ctx context.Context, address string, query sandbox.Query) (sandbox.Report, error) {
 	return f(ctx, address, query)
+}
+
+func (f agentFunc) await(ctx context.Context, address string, query sandbox.Query, _ time.Duration) (sandbox.Report, error) {
+	return f(ctx, address, query)
+}
+
+// accessFunc grants the right to override.
+type accessFunc func(user authenticationv1.UserInfo, pod *corev1.Pod) (bool, error)
+
+func (f accessFunc) mayOverride(_ context.Context, user authenticationv1.UserInfo, pod *corev1.Pod) (bool, error) {
+	return f(user, pod)
 }
 
 func nodeA(change ...func(*corev1.Node)) *corev1.Node {
@@ -46,17 +58,26 @@ func nodeA(change ...func(*corev1.Node)) *corev1.Node {
 	return node
 }
 
-func newGuard(agent askFunc, nodes ...client.Object) *Guard {
-	reader := fake.NewClientBuilder().WithObjects(nodes...).Build()
+// testTime is now for a guard under test.
+var testTime = time.Date(2026, 11, 24, 3, 0, 0, 0, time.UTC)
+
+// newGuard returns a guard of mode deny, for which the API server has these objects. Nobody may override.
+func newGuard(agent agentFunc, objects ...client.Object) *Guard {
+	api := fake.NewClientBuilder().WithObjects(objects...).Build()
 	return &Guard{
-		nodes:     reader,
-		liveNodes: reader,
+		policy: policy{mode: ModeDeny, allowWhenNodeIsGone: true},
+		cached: api, live: api,
 		agents:    agent,
+		access:    accessFunc(func(authenticationv1.UserInfo, *corev1.Pod) (bool, error) { return false, nil }),
+		holds:     holder{api},
+		events:    events.NewFakeRecorder(100),
 		decisions: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "test"}, []string{"mode", "decision", "verdict", "path"}),
+		phases:    newPhaseWatch(),
+		now:       func() time.Time { return testTime },
 	}
 }
 
-func finds(findings ...sandbox.Finding) askFunc {
+func finds(findings ...sandbox.Finding) agentFunc {
 	return func(context.Context, string, sandbox.Query) (sandbox.Report, error) {
 		return allProbes(findings...), nil
 	}
@@ -156,23 +177,26 @@ func TestOptionsNameTheFlagThatIsWrong(t *testing.T) {
 	authority := mtlstest.NewAuthority(t)
 	authority.Issue(t, serving, "webhook", time.Hour)
 	authority.Issue(t, asking, mtls.WebhookName, time.Hour)
-	valid := options{port: 1, agentPort: 2, healthAddress: ":3", metricsAddress: ":4", tlsDir: serving, agentTLSDir: asking, agentTimeout: time.Second}
-	if err := valid.validate(); err != nil {
+	valid := options{port: 1, agentPort: 2, healthAddress: ":3", metricsAddress: ":4", tlsDir: serving, agentTLSDir: asking, agentTimeout: time.Second, mode: "deny"}
+	if _, err := valid.validate(); err != nil {
 		t.Fatal(err)
 	}
 	for want, change := range map[string]func(*options){
-		"--port 0 is not":              func(o *options) { o.port = 0 },
-		"--agent-port 65536 is not":    func(o *options) { o.agentPort = 65536 },
-		"--health-address: ":           func(o *options) { o.healthAddress = "1.2.3.4" },
-		"--metrics-address: ":          func(o *options) { o.metricsAddress = "" },
-		"--agent-timeout 26s is not":   func(o *options) { o.agentTimeout = 26 * time.Second },
-		"--agent-timeout 999ms is not": func(o *options) { o.agentTimeout = 999 * time.Millisecond },
-		"--tls-dir: ":                  func(o *options) { o.tlsDir = t.TempDir() },
-		"--agent-tls-dir: ":            func(o *options) { o.agentTLSDir = t.TempDir() },
+		"--port 0 is not":                func(o *options) { o.port = 0 },
+		"--agent-port 65536 is not":      func(o *options) { o.agentPort = 65536 },
+		"--health-address: ":             func(o *options) { o.healthAddress = "1.2.3.4" },
+		"--metrics-address: ":            func(o *options) { o.metricsAddress = "" },
+		"--agent-timeout 26s is not":     func(o *options) { o.agentTimeout = 26 * time.Second },
+		"--agent-timeout 999ms is not":   func(o *options) { o.agentTimeout = 999 * time.Millisecond },
+		"--tls-dir: ":                    func(o *options) { o.tlsDir = t.TempDir() },
+		`--mode: "denny" is not a mode`:  func(o *options) { o.mode = "denny" },
+		`--excluded-nodes "a in" is not`: func(o *options) { o.excludedNodes = []string{"a in"} },
+		"--excluded-nodes is empty":      func(o *options) { o.excludedNodes = []string{""} },
+		"--agent-tls-dir: ":              func(o *options) { o.agentTLSDir = t.TempDir() },
 	} {
 		o := valid
 		change(&o)
-		if err := o.validate(); err == nil || !strings.HasPrefix(err.Error(), want) {
+		if _, err := o.validate(); err == nil || !strings.HasPrefix(err.Error(), want) {
 			t.Errorf("got %v, want %q", err, want)
 		}
 	}
@@ -239,15 +263,15 @@ func TestOnlyTheLiveNodeAllows(t *testing.T) {
 		cached, live client.Reader
 		want         Reason
 	}{
-		{"new, not in the cache yet", empty, newGuard(nil, nodeA()).nodes, ReasonNoAnswer},
-		{"gone, still in the cache", newGuard(nil, nodeA()).nodes, empty, ReasonNodeGone},
-		{"the taint is gone, but cached", newGuard(nil, tainted).nodes, newGuard(nil, nodeA()).nodes, ReasonNoAnswer},
-		{"the API server does not answer", newGuard(nil, tainted).nodes, failingReader{}, ReasonNoAnswer},
+		{"new, not in the cache yet", empty, newGuard(nil, nodeA()).live, ReasonNoAnswer},
+		{"gone, still in the cache", newGuard(nil, nodeA()).live, empty, ReasonNodeGone},
+		{"the taint is gone, but cached", newGuard(nil, tainted).live, newGuard(nil, nodeA()).live, ReasonNoAnswer},
+		{"the API server does not answer", newGuard(nil, tainted).live, failingReader{}, ReasonNoAnswer},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			guard := newGuard(silent)
-			guard.nodes, guard.liveNodes = test.cached, test.live
-			d := guard.decide(t.Context(), &removal{pod: runningPod(), grace: new(int64(0))})
+			guard.cached, guard.live = test.cached, test.live
+			d := guard.judge(t.Context(), &removal{path: PathDelete, pod: runningPod(), grace: new(int64(0))})
 			if d.reason != test.want {
 				t.Errorf("got %s for %s (%s), want %s", d.outcome, d.reason, d.failure, test.want)
 			}
@@ -305,7 +329,7 @@ func TestTrimmedNodesKeepWhatADecisionNeeds(t *testing.T) {
 		n.Spec.Taints = []corev1.Taint{{Key: "node.kubernetes.io/out-of-service"}}
 		n.Status.Images = []corev1.ContainerImage{{Names: []string{"large"}}}
 	})
-	kept, err := trimNode(node)
+	kept, err := trimNodes(nil)(node)
 	if err != nil {
 		t.Fatal(err)
 	}

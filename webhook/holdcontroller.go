@@ -1,0 +1,189 @@
+package webhook
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/go-logr/logr"
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/util/wait"
+	ctrl "sigs.k8s.io/controller-runtime"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/controller"
+	"sigs.k8s.io/controller-runtime/pkg/reconcile"
+
+	"github.com/eni-guard/eni-guard/internal/sandbox"
+)
+
+const (
+	// holdWait is how long an agent may take to say that a held pod is released.
+	holdWait = 20 * time.Second
+	// holdRetry is the pause before an agent is asked again that could not be asked.
+	holdRetry = 5 * time.Second
+	// unmarkedFor is how long a pod may carry Finalizer without being deleted. The request that it was held for has failed if
+	// it takes longer: the API server ends a request after a minute.
+	unmarkedFor = 2 * time.Minute
+	// concurrentHolds bounds how many held pods are waited for at once. Waiting costs a connection, no work.
+	concurrentHolds = 256
+	// listPage is how many pods are read at once where all have to be looked through.
+	listPage = 500
+)
+
+// holdController frees held pods as soon as their nodes have let go of them. It runs in one replica, the leader.
+type holdController struct {
+	*Guard
+	pods client.Reader // cached, of pods with HeldLabel
+	log  logr.Logger
+}
+
+func (c *holdController) setUp(manager ctrl.Manager) error {
+	if err := manager.Add(leaderTask(c.findUnlabelled)); err != nil {
+		return err
+	}
+	return ctrl.NewControllerManagedBy(manager).Named("held-pods").For(&corev1.Pod{}).
+		WithOptions(controller.Options{MaxConcurrentReconciles: concurrentHolds}).
+		Complete(c)
+}
+
+// Reconcile waits for one held pod.
+func (c *holdController) Reconcile(ctx context.Context, request reconcile.Request) (reconcile.Result, error) {
+	pod := &corev1.Pod{}
+	err := c.pods.Get(ctx, request.NamespacedName, pod)
+	if apierrors.IsNotFound(err) {
+		return reconcile.Result{}, c.keepLabelled(ctx, request)
+	}
+	if err != nil {
+		return reconcile.Result{}, err
+	}
+	if !held(pod) {
+		return reconcile.Result{}, nil
+	}
+	if pod.DeletionTimestamp == nil {
+		return c.reconcileUnmarked(ctx, pod)
+	}
+	d := c.judgeHeld(ctx, pod)
+	if d.outcome == Allowed {
+		return reconcile.Result{}, c.release(ctx, pod, d)
+	}
+	if because := finding(pod, d); because != pod.Annotations[HeldBecauseAnnotation] {
+		if err := c.holds.explain(ctx, pod, because); client.IgnoreNotFound(err) != nil {
+			return reconcile.Result{}, err
+		}
+	}
+	// An agent that answers has made its caller wait already.
+	pause := time.Millisecond
+	if d.failure != "" {
+		pause = holdRetry
+	}
+	return reconcile.Result{RequeueAfter: pause}, nil
+}
+
+// judgeHeld decides about a held pod as about its removal, but waits for the release.
+func (c *holdController) judgeHeld(ctx context.Context, pod *corev1.Pod) decision {
+	e := c.evidence(ctx, pod, func(ctx context.Context, address string, q sandbox.Query) (sandbox.Report, error) {
+		return c.agents.await(ctx, address, q, holdWait)
+	})
+	return decide(situation{mode: ModeHold, holdable: true, evidence: e})
+}
+
+// reconcileUnmarked takes the finalizer back from a pod that nobody deletes after all, because something else has refused
+// the request that it was held for.
+func (c *holdController) reconcileUnmarked(ctx context.Context, pod *corev1.Pod) (reconcile.Result, error) {
+	since, err := time.Parse(time.RFC3339, pod.Annotations[HeldSinceAnnotation])
+	if left := since.Add(unmarkedFor).Sub(c.now()); err == nil && left > 0 {
+		return reconcile.Result{RequeueAfter: left}, nil
+	}
+	if err := c.holds.free(ctx, pod); err != nil {
+		return reconcile.Result{}, ignoreConflict(err)
+	}
+	c.log.Info("no longer holds a pod that is not being deleted", "namespace", pod.Namespace, "pod", pod.Name, "podUID", pod.UID)
+	return reconcile.Result{}, nil
+}
+
+// release frees a pod whose node has let go of it.
+func (c *holdController) release(ctx context.Context, pod *corev1.Pod, d decision) error {
+	if err := c.holds.free(ctx, pod); err != nil {
+		return ignoreConflict(err)
+	}
+	c.log.Info("freed a held pod", "reason", d.reason, "verdict", d.verdict, "namespace", pod.Namespace, "pod", pod.Name, "podUID", pod.UID,
+		"node", pod.Spec.NodeName, "podIPs", podIPs(pod), "heldSince", pod.Annotations[HeldSinceAnnotation], "evidence", evidenceWords(d))
+	c.events.Eventf(reference(pod), nil, corev1.EventTypeNormal, "HoldReleased", "release", "%s",
+		fmt.Sprintf("pod %s/%s is no longer held: %s", pod.Namespace, pod.Name, goneWords(d, pod.Spec.NodeName)))
+	return nil
+}
+
+// ignoreConflict: the pod has changed since it was read, and the change brings it back here.
+func ignoreConflict(err error) error {
+	if apierrors.IsConflict(err) {
+		return nil
+	}
+	return err
+}
+
+// keepLabelled looks after a pod that has left the cache: it is gone, or free, or has lost HeldLabel, without which
+// nothing would ever free it.
+func (c *holdController) keepLabelled(ctx context.Context, request reconcile.Request) error {
+	pod := &metav1.PartialObjectMetadata{}
+	pod.SetGroupVersionKind(corev1.SchemeGroupVersion.WithKind("Pod"))
+	if err := c.live.Get(ctx, request.NamespacedName, pod); err != nil {
+		return client.IgnoreNotFound(err)
+	}
+	if !slices.Contains(pod.Finalizers, Finalizer) || pod.Labels[HeldLabel] == "true" {
+		return nil
+	}
+	c.log.Info("a held pod had lost its label", "namespace", pod.Namespace, "pod", pod.Name, "podUID", pod.UID)
+	return client.IgnoreNotFound(c.holds.label(ctx, pod))
+}
+
+// findUnlabelled does the same for pods that lost the label while no replica was there to see it.
+func (c *holdController) findUnlabelled(ctx context.Context) error {
+	return wait.PollUntilContextCancel(ctx, holdRetry, true, func(ctx context.Context) (bool, error) {
+		found, err := heldPods(ctx, c.live)
+		for _, pod := range found {
+			err = errors.Join(err, c.keepLabelled(ctx, reconcile.Request{NamespacedName: client.ObjectKeyFromObject(&pod)}))
+		}
+		if err != nil {
+			c.log.Error(err, "could not look for held pods; trying again")
+		}
+		return err == nil, nil
+	})
+}
+
+// heldPods looks through all pods of the cluster, page by page, for those with Finalizer.
+func heldPods(ctx context.Context, live client.Reader) ([]metav1.PartialObjectMetadata, error) {
+	var found []metav1.PartialObjectMetadata
+	list := &metav1.PartialObjectMetadataList{}
+	list.SetGroupVersionKind(corev1.SchemeGroupVersion.WithKind("PodList"))
+	for {
+		if err := live.List(ctx, list, client.Limit(listPage), client.Continue(list.Continue)); err != nil {
+			return nil, err
+		}
+		for _, pod := range list.Items {
+			if slices.Contains(pod.Finalizers, Finalizer) {
+				found = append(found, pod)
+			}
+		}
+		if list.Continue == "" {
+			return found, nil
+		}
+	}
+}
+
+// leaderTask runs once in the leader.
+type leaderTask func(ctx context.Context) error
+
+// Start implements manager.Runnable. That the process ends is no error.
+func (t leaderTask) Start(ctx context.Context) error {
+	if err := t(ctx); ctx.Err() == nil {
+		return err
+	}
+	return nil
+}
+
+// NeedLeaderElection implements manager.LeaderElectionRunnable.
+func (leaderTask) NeedLeaderElection() bool { return true }

@@ -1,0 +1,68 @@
+package webhook
+
+import (
+	"sync"
+	"time"
+
+	"k8s.io/apimachinery/pkg/types"
+)
+
+// repeatWindow is how long a decision stands for further calls of the same removal. They follow each other within
+// milliseconds.
+const repeatWindow = 2 * time.Second
+
+// recentDecisions remembers what was let through. One removal is several calls: the API server asks before it marks the
+// object, before it removes it, and again whenever the object has changed in between. All of them get one decision, so
+// that the later ones do not contradict the first, which is the only one that can protect. A refusal ends the request,
+// so the next call about the pod is a new removal and is judged anew. The zero value is ready to use.
+type recentDecisions struct {
+	mu      sync.Mutex
+	entries map[removalKey]recentDecision
+	sweep   time.Time
+}
+
+// removalKey tells removals apart. The request's UID cannot: every call has one of its own.
+type removalKey struct {
+	pod    types.UID
+	path   Path
+	user   string
+	dryRun bool
+}
+
+type recentDecision struct {
+	decision
+	resourceVersion string
+	until           time.Time
+}
+
+func keyOf(r *removal) removalKey { return removalKey{r.pod.UID, r.path, r.user.Username, r.dryRun} }
+
+// get returns the decision about the removal that this call belongs to, if there was a call before it. A call about the
+// very same state of a pod that is not marked is no repetition, but somebody who tries again.
+func (m *recentDecisions) get(r *removal, now time.Time) (decision, bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	entry, ok := m.entries[keyOf(r)]
+	again := r.pod.DeletionTimestamp == nil && r.pod.ResourceVersion == entry.resourceVersion
+	return entry.decision, ok && now.Before(entry.until) && !again
+}
+
+// put remembers a decision. An eviction is one call, whatever follows, and what is no removal says nothing about the
+// next request.
+func (m *recentDecisions) put(r *removal, d decision, now time.Time) {
+	if !d.outcome.allows() || d.reason == ReasonNotForced || r.path == PathEviction {
+		return
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.entries == nil || now.After(m.sweep) {
+		kept := map[removalKey]recentDecision{}
+		for key, entry := range m.entries {
+			if now.Before(entry.until) {
+				kept[key] = entry
+			}
+		}
+		m.entries, m.sweep = kept, now.Add(repeatWindow)
+	}
+	m.entries[keyOf(r)] = recentDecision{d, r.pod.ResourceVersion, now.Add(repeatWindow)}
+}

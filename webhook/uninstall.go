@@ -1,0 +1,98 @@
+package webhook
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"time"
+
+	"github.com/spf13/cobra"
+	admissionregistrationv1 "k8s.io/api/admissionregistration/v1"
+	ctrl "sigs.k8s.io/controller-runtime"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+)
+
+// freeAllTimeout bounds the whole of freeing every held pod.
+const freeAllTimeout = 4 * time.Minute
+
+// newFreeHeldCommand returns `eni-guard webhook free-held`, which the chart runs before it is uninstalled.
+func newFreeHeldCommand() *cobra.Command {
+	var configurations []string
+	cmd := &cobra.Command{
+		Use:   "free-held",
+		Short: "Free every held pod, bound or not, and stop the guard: for the time after it",
+		Long: `Frees every pod that the guard holds, whether its node has let go of it or not: without the guard nothing would ever
+free it. Then deletes the webhook configurations that are named, so that no pod is held any more, and frees those that
+were held in between.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			config, err := ctrl.GetConfig()
+			if err != nil {
+				return fmt.Errorf("finding the API server: %w", err)
+			}
+			api, err := client.New(config, client.Options{})
+			if err != nil {
+				return err
+			}
+			ctx, cancel := context.WithTimeout(cmd.Context(), freeAllTimeout)
+			defer cancel()
+			return freeAllHeld(ctx, api, cmd.OutOrStdout(), configurations)
+		},
+	}
+	cmd.Flags().StringArrayVar(&configurations, "webhook-configuration", nil, "name of a ValidatingWebhookConfiguration to delete; may be given again")
+	return cmd
+}
+
+func freeAllHeld(ctx context.Context, api client.Client, out io.Writer, configurations []string) error {
+	freed, err := freeHeldOnce(ctx, api, out)
+	if err != nil {
+		return err
+	}
+	for _, name := range configurations {
+		configuration := &admissionregistrationv1.ValidatingWebhookConfiguration{}
+		configuration.Name = name
+		if err := api.Delete(ctx, configuration); client.IgnoreNotFound(err) != nil {
+			return fmt.Errorf("deleting the webhook configuration %s: %w", name, err)
+		}
+	}
+	if len(configurations) > 0 {
+		more, err := freeHeldOnce(ctx, api, out)
+		if err != nil {
+			return err
+		}
+		freed += more
+	}
+	fmt.Fprintf(out, "%d held pods were freed, none is left\n", freed)
+	return nil
+}
+
+// freeHeldOnce frees the pods that are held now. Its error names every one that is left, and how to free it.
+func freeHeldOnce(ctx context.Context, api client.Client, out io.Writer) (freed int, err error) {
+	pods, err := heldPods(ctx, api)
+	if err != nil {
+		return 0, fmt.Errorf("looking for held pods: %w", err)
+	}
+	for _, pod := range pods {
+		pod.ResourceVersion = "" // whatever has changed in between
+		if failure := (holder{api}).free(ctx, &pod); failure != nil {
+			err = errors.Join(err, fmt.Errorf("pod %s/%s is still held: %w\n  to free it: kubectl patch pod %s -n %s --type=json -p='%s'",
+				pod.Namespace, pod.Name, failure, pod.Name, pod.Namespace, removeFinalizer(pod.Finalizers)))
+			continue
+		}
+		freed++
+		fmt.Fprintf(out, "freed pod %s/%s, which was held since %s: %s\n", pod.Namespace, pod.Name,
+			pod.Annotations[HeldSinceAnnotation], pod.Annotations[HeldBecauseAnnotation])
+	}
+	return freed, err
+}
+
+// removeFinalizer is the JSON patch that takes Finalizer, and only it, from a list of finalizers.
+func removeFinalizer(finalizers []string) string {
+	for i, finalizer := range finalizers {
+		if finalizer == Finalizer {
+			return fmt.Sprintf(`[{"op":"test","path":"/metadata/finalizers/%[1]d","value":"%[2]s"},{"op":"remove","path":"/metadata/finalizers/%[1]d"}]`, i, Finalizer)
+		}
+	}
+	return "[]"
+}
