@@ -3,7 +3,7 @@ KUBERNETES_VERSION ?= 1.36.3
 # How often eni-sim releases addresses of pods that the API server no longer has; Terway does it every 5m.
 GC_PERIOD ?= 5s
 # How many addresses eni-sim has.
-POOL_SIZE ?= 32
+POOL_SIZE ?= 128
 
 VERSION := $(shell sed -n 's/^appVersion: *//p' charts/eni-guard/Chart.yaml)
 IMAGE   := eni-guard.io/eni-guard

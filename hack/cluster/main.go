@@ -47,7 +47,7 @@ func newCommand() *cobra.Command {
 		RunE:  func(cmd *cobra.Command, _ []string) error { return up(cmd.Context(), cfg) },
 	}
 	up.Flags().DurationVar(&cfg.gcPeriod, "gc-period", 5*time.Second, "how often eni-sim releases the addresses of pods that the API server no longer has (Terway: 5m)")
-	up.Flags().IntVar(&cfg.poolSize, "pool-size", 32, "addresses in the pool of eni-sim, 1 to 250")
+	up.Flags().IntVar(&cfg.poolSize, "pool-size", 128, "addresses in the pool of eni-sim, 1 to 250")
 
 	root.AddCommand(up,
 		&cobra.Command{
