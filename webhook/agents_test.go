@@ -1,6 +1,7 @@
 package webhook
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -149,5 +150,123 @@ func TestAskWhereNobodyListens(t *testing.T) {
 	_, err = a.ask(t.Context(), address, webQuery)
 	if want := "does not run: nothing listens at " + net.JoinHostPort(address, a.port); err == nil || err.Error() != want {
 		t.Errorf("got %v, want %s", err, want)
+	}
+}
+
+// However many ask about one pod at the same time, the agent is asked once, and all get its answer; who gives up does not
+// take the answer from the others.
+func TestConcurrentQuestionsAboutOnePodAreOne(t *testing.T) {
+	var asked atomic.Int32
+	answer := make(chan struct{})
+	a, address, _ := startAgent(t, 20*time.Second, func(w http.ResponseWriter, _ *http.Request) {
+		asked.Add(1)
+		<-answer
+		_ = json.NewEncoder(w).Encode(allProbes(stuck()...))
+	})
+	impatient, giveUp := context.WithCancel(t.Context())
+	gaveUp := make(chan error)
+	go func() {
+		_, err := a.ask(impatient, address, webQuery)
+		gaveUp <- err
+	}()
+	eventually(t, "the first question to arrive", func() bool { return asked.Load() == 1 })
+	var all, started sync.WaitGroup
+	started.Add(50)
+	for range 50 {
+		all.Go(func() {
+			started.Done()
+			report, err := a.ask(t.Context(), address, webQuery)
+			if err != nil || report.Verdict() != sandbox.Bound {
+				t.Errorf("got %s, %v", report.Verdict(), err)
+			}
+		})
+	}
+	started.Wait()
+	giveUp()
+	if err := <-gaveUp; err == nil {
+		t.Error("who gave up got an answer")
+	}
+	// Without an answer to the first, a second question would arrive now.
+	for range 100 {
+		if n := asked.Load(); n != 1 {
+			t.Errorf("the agent was asked %d times", n)
+			break
+		}
+		time.Sleep(time.Millisecond)
+	}
+	close(answer)
+	all.Wait()
+}
+
+// A node that does not answer keeps a bounded number of questions waiting, and does not keep another one's from being
+// asked.
+func TestASilentNodeTakesNoMoreThanItsPlaces(t *testing.T) {
+	var waiting atomic.Int32
+	silent := make(chan struct{})
+	a, address, _ := startAgent(t, 2*time.Second, func(_ http.ResponseWriter, r *http.Request) {
+		waiting.Add(1)
+		select {
+		case <-silent:
+		case <-r.Context().Done():
+		}
+	})
+	defer close(silent)
+	var crowd sync.WaitGroup
+	var refused atomic.Int32
+	for i := range 3 * maxQuestions {
+		crowd.Go(func() {
+			query := webQuery
+			query.UID = fmt.Sprint(i)
+			_, err := a.ask(t.Context(), address, query)
+			if err != nil && strings.Contains(err.Error(), fmt.Sprintf("%d other questions to it have not been answered", maxQuestions)) {
+				refused.Add(1)
+			} else if err == nil || !strings.Contains(err.Error(), "did not answer within") {
+				t.Errorf("got %v", err)
+			}
+		})
+	}
+	eventually(t, "the places to be taken", func() bool { return waiting.Load() == maxQuestions })
+	other, err := a.nodes.take(t.Context(), "192.0.2.8")
+	if err != nil {
+		t.Fatal(err)
+	}
+	other()
+	crowd.Wait()
+	// Those that get a place when the first give up have no time left to use it.
+	if n := waiting.Load(); n != maxQuestions || refused.Load() == 0 {
+		t.Errorf("%d questions reached the agent, %d were refused", n, refused.Load())
+	}
+	if len(a.nodes.nodes) != 0 {
+		t.Errorf("%d nodes are remembered", len(a.nodes.nodes))
+	}
+}
+
+// A question that waits for the release says so, and takes no place from those that do not.
+func TestAwait(t *testing.T) {
+	a, address, _ := startAgent(t, 5*time.Second, func(w http.ResponseWriter, r *http.Request) {
+		if got := r.URL.Query().Encode(); got != "timeout=4.5s&wait=20s" {
+			t.Errorf("asked with %s", got)
+		}
+		_ = json.NewEncoder(w).Encode(allProbes())
+	})
+	for range maxQuestions {
+		if _, err := a.nodes.take(t.Context(), address); err != nil {
+			t.Fatal(err)
+		}
+	}
+	report, err := a.await(t.Context(), address, webQuery, 20*time.Second)
+	if err != nil || report.Verdict() != sandbox.Released {
+		t.Errorf("got %s, %v", report.Verdict(), err)
+	}
+}
+
+func eventually(t *testing.T, what string, condition func() bool) {
+	t.Helper()
+	deadline := time.Now().Add(30 * time.Second)
+	for !condition() {
+		if time.Now().After(deadline) {
+			t.Fatal("waited too long for " + what)
+		}
+		time.Sleep(time.Millisecond)
 	}
 }

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -134,7 +135,7 @@ func TestAProbeThatHangsIsReportedAndDoesNotPileUp(t *testing.T) {
 	const questions = 2 * maxConcurrent
 	for range questions {
 		go func() {
-			ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+			ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
 			defer cancel()
 			reports <- inspector.Inspect(ctx, podQuery)
 		}()
@@ -147,7 +148,7 @@ func TestAProbeThatHangsIsReportedAndDoesNotPileUp(t *testing.T) {
 		}
 		if failure := fmt.Sprint(report.Failures()); strings.Contains(failure, "other runs of it have not come back") {
 			late++
-		} else if !strings.Contains(failure, `"runtime" did not run: no answer after 1`) || strings.Contains(failure, "netns") {
+		} else if !strings.Contains(failure, `"runtime" did not run: no answer after `) || strings.Contains(failure, "netns") {
 			t.Errorf("failures %s", failure)
 		}
 	}
@@ -264,5 +265,43 @@ func TestOptionsNameTheFlagThatIsWrong(t *testing.T) {
 	}
 	if want := []string{"--node-name", "--bind-address", "--health-address", "--tls-dir"}; !reflect.DeepEqual(got, want) {
 		t.Errorf("got %q, want %q", got, want)
+	}
+}
+
+// Whoever waits for the release gets one answer: as soon as nothing is left, or what is left when the time has passed.
+func TestWaitingForTheRelease(t *testing.T) {
+	ask := func(ctx context.Context, looks int, parameters string) (sandbox.Report, int) {
+		n := 0
+		inspector := newInspector("node-a", lookable(t).Host, fakeRuntime(func(context.Context, string) ([]podSandbox, []podContainer, error) {
+			if n++; n <= looks {
+				return []podSandbox{{id: "abc", ready: true}}, nil, nil
+			}
+			return nil, nil, nil
+		}))
+		body, err := json.Marshal(podQuery)
+		if err != nil {
+			t.Fatal(err)
+		}
+		recorder := httptest.NewRecorder()
+		Handler(inspector, logr.Discard()).ServeHTTP(recorder, httptest.NewRequestWithContext(ctx, http.MethodPost, InspectPath+"?"+parameters, bytes.NewReader(body)))
+		var report sandbox.Report
+		if err := json.Unmarshal(recorder.Body.Bytes(), &report); err != nil {
+			t.Fatalf("%d %s: %v", recorder.Code, recorder.Body, err)
+		}
+		return report, n
+	}
+	if report, looks := ask(t.Context(), 2, "wait=30s"); report.Verdict() != sandbox.Released || looks != 3 {
+		t.Errorf("released while waiting: %s after %d looks", report.Verdict(), looks)
+	}
+	if report, looks := ask(t.Context(), 1000, "wait=150ms"); report.Verdict() != sandbox.Bound || looks < 2 {
+		t.Errorf("still bound at the end: %s after %d looks", report.Verdict(), looks)
+	}
+	if report, looks := ask(t.Context(), 1000, ""); report.Verdict() != sandbox.Bound || looks != 1 {
+		t.Errorf("without waiting: %s after %d looks", report.Verdict(), looks)
+	}
+	gone, leave := context.WithCancel(t.Context())
+	leave()
+	if _, looks := ask(gone, 1000, "wait=30s"); looks > 1 {
+		t.Errorf("%d looks for a caller who has gone", looks)
 	}
 }

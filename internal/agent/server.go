@@ -28,7 +28,7 @@ const (
 	// other.
 	lookAgainAfter  = 100 * time.Millisecond
 	lookAgainAtMost = 2 * time.Second
-	maxQueryBytes  = 64 << 10
+	maxQueryBytes   = 64 << 10
 )
 
 // errorBody is the answer to a query that cannot be asked.
