@@ -2,6 +2,7 @@
 KUBERNETES_VERSION ?= 1.36.3
 # How often eni-sim releases addresses of pods that the API server no longer has; Terway does it every 5m.
 GC_PERIOD ?= 5s
+FUZZTIME ?= 1m
 # How many addresses eni-sim has.
 POOL_SIZE ?= 128
 
@@ -13,7 +14,7 @@ export GOWORK := off
 export GOFLAGS := -trimpath -buildvcs=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-unit test-cluster test-e2e cluster-up cluster-down install image build lint bench go FORCE
+.PHONY: help demo test test-unit test-cluster test-e2e cluster-up cluster-down install image build lint bench fuzz go FORCE
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,8 +59,13 @@ image: build bin/cluster ## Build the image, an OCI archive in dist/eni-guard.ta
 build: go ## Build bin/eni-guard
 	go build -ldflags '-s -w -X github.com/eni-guard/eni-guard/internal/version.Version=$(VERSION)' -o bin/eni-guard .
 
-bench: go ## Run the benchmarks
-	go test -run '^$$' -bench . -benchmem ./webhook/... ./internal/...
+bench: install ## Run the benchmarks, those of one part on one core, those end to end on the cluster
+	go test -run '^$$' -bench . -benchmem -cpu 1 ./webhook/... ./internal/...
+	go test -run '^$$' -bench . -benchtime 40x -timeout 20m ./test/e2e
+
+fuzz: go ## Look for bad input that does harm; FUZZTIME=10m looks longer
+	go test ./webhook -run '^$$' -fuzz FuzzReview -fuzztime $(FUZZTIME) -fuzzminimizetime 10x
+	go test ./webhook -run '^$$' -fuzz FuzzOverride -fuzztime $(FUZZTIME) -fuzzminimizetime 10x
 
 lint: bin/golangci-lint bin/cluster ## Check the code, the modules and the chart
 	bin/golangci-lint run ./...
