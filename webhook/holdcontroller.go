@@ -23,7 +23,7 @@ import (
 const (
 	// holdWait is how long an agent may take to say that a held pod is released.
 	holdWait = 20 * time.Second
-	// holdRetry is the pause before an agent is asked again that could not be asked.
+	// holdRetry is the least time between two questions about one held pod.
 	holdRetry = 5 * time.Second
 	// unmarkedFor is how long a pod may carry Finalizer without being deleted. The request that it was held for has failed if
 	// it takes longer: the API server ends a request after a minute.
@@ -66,6 +66,7 @@ func (c *holdController) Reconcile(ctx context.Context, request reconcile.Reques
 	if pod.DeletionTimestamp == nil {
 		return c.reconcileUnmarked(ctx, pod)
 	}
+	asked := c.now()
 	d := c.judgeHeld(ctx, pod)
 	if d.outcome == Allowed {
 		return reconcile.Result{}, c.release(ctx, pod, d)
@@ -75,12 +76,8 @@ func (c *holdController) Reconcile(ctx context.Context, request reconcile.Reques
 			return reconcile.Result{}, err
 		}
 	}
-	// An agent that answers has made its caller wait already.
-	pause := time.Millisecond
-	if d.failure != "" {
-		pause = holdRetry
-	}
-	return reconcile.Result{RequeueAfter: pause}, nil
+	// An agent makes its caller wait; where it did not, because there is none, or an old one, the wait is here.
+	return reconcile.Result{RequeueAfter: max(time.Millisecond, holdRetry-c.now().Sub(asked))}, nil
 }
 
 // judgeHeld decides about a held pod as about its removal, but waits for the release.
