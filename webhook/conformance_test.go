@@ -27,9 +27,13 @@ func TestConformance(t *testing.T) {
 	s := startAPIServer(t)
 	t.Logf("API server %s", s.version)
 	s.prepare(t)
+	s.grantRights(t)
 	s.install(t)
 	s.waitForAdmission(t)
 	t.Run("removals", s.testRemovals)
+	t.Run("updates", s.testUpdates)
+	t.Run("kubelets", s.testKubelets)
+	t.Run("overrides", s.testOverrides)
 }
 
 // The namespaces that the tests use. A namespace with a budget has one for the pods of each worker, because the API server
@@ -75,18 +79,21 @@ func (s *apiServer) prepare(t *testing.T) {
 	}
 }
 
-// waitForAdmission returns when the API server calls all configurations.
+// waitForAdmission returns when all configurations, the policy and the users' rights are in force.
 func (s *apiServer) waitForAdmission(t *testing.T) {
 	t.Helper()
-	pod := storedPod(noBudget, "probe")
-	s.store(t, pod)
-	eventually(t, "the configurations are not in force", func() bool {
-		for _, grace := range []int64{0, 30} {
-			if code, err := s.send(t.Context(), evict(pod, metav1.DeleteOptions{GracePeriodSeconds: &grace, DryRun: dryRunAll}, nil)); err != nil {
-				t.Fatalf("a dry-run eviction was answered with %d: %v", code, err)
-			}
+	plain, overridden := storedPod(callsNamespace, "probe"), storedPod(callsNamespace, "probe-overridden")
+	overridden.Annotations = map[string]string{overrideAnnotation: "a probe"}
+	s.store(t, plain, overridden)
+	eventually(t, "the configurations, the policy and the users' rights do not come into force", func() bool {
+		for _, pod := range []*corev1.Pod{plain, overridden} {
+			r := deletion(PathDelete, 0)(pod)
+			r.user, r.query["dryRun"], r.query["gracePeriodSeconds"], r.body = bob.name, metav1.DryRunAll, "0", nil
+			// Refused as long as bob has no right to delete.
+			_, _ = s.send(t.Context(), r)
 		}
-		return len(s.calls.of(pod, failClosed)) > 0 && len(s.calls.of(pod, failOpen)) > 0 && len(s.calls.of(pod, unfiltered)) > 0
+		return len(s.calls.of(plain, failClosed)) > 0 && len(s.calls.of(plain, unfiltered)) > 0 &&
+			len(s.calls.of(overridden, failOpen)) > 0 && s.overridesInAudit(t)[overridden.Name] != ""
 	})
 }
 
@@ -174,7 +181,6 @@ func combinations() []*combination {
 	for _, namespace := range []string{noBudget, budgetAllows, budgetBlocks} {
 		ways = append(ways, way{PathEviction, namespace, []dryRun{notDry, inBody, inQuery}})
 	}
-	unmarked := func(*corev1.Pod) {}
 	var all []*combination
 	for _, way := range ways {
 		for _, dry := range way.dryRuns {
@@ -296,15 +302,7 @@ func (s *apiServer) testRemovals(t *testing.T) {
 
 	answers := make([]int, len(all))
 	failures := make([]error, len(all))
-	var wait sync.WaitGroup
-	for worker := range workers {
-		wait.Go(func() {
-			for i := worker; i < len(all); i += workers {
-				answers[i], failures[i] = s.send(t.Context(), all[i].request())
-			}
-		})
-	}
-	wait.Wait()
+	inParallel(len(all), func(i int) { answers[i], failures[i] = s.send(t.Context(), all[i].request()) })
 	t.Logf("all requests are answered after %s", time.Since(start).Round(time.Millisecond))
 
 	after := map[string]map[string]*corev1.Pod{}
@@ -323,6 +321,19 @@ func (s *apiServer) testRemovals(t *testing.T) {
 	}
 	found.report(t)
 	t.Logf("%d combinations against %s in %s: %d disagreements", len(all), s.version, time.Since(start).Round(time.Millisecond), len(found.lines))
+}
+
+// inParallel calls do with 0 to n-1, of which every worker has those that leave its number as the remainder.
+func inParallel(n int, do func(int)) {
+	var wait sync.WaitGroup
+	for worker := range workers {
+		wait.Go(func() {
+			for i := worker; i < n; i += workers {
+				do(i)
+			}
+		})
+	}
+	wait.Wait()
 }
 
 // checkCalls compares the calls that were made about a combination with the rule.
