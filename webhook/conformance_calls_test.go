@@ -42,13 +42,14 @@ var (
 // grantRights gives all users all rights on pods, and bob the right to override.
 func (s *apiServer) grantRights(t *testing.T) {
 	t.Helper()
+	pods := []string{"pods", "pods/status", "pods/ephemeralcontainers", "pods/eviction"}
 	roles, bindings := s.RbacV1().ClusterRoles(), s.RbacV1().ClusterRoleBindings()
 	for name, grant := range map[string]struct {
 		rule    rbacv1.PolicyRule
 		subject rbacv1.Subject
 	}{
 		"pods": {
-			rbacv1.PolicyRule{APIGroups: []string{""}, Resources: []string{"pods", "pods/status", "pods/ephemeralcontainers", "pods/eviction"}, Verbs: []string{"*"}},
+			rbacv1.PolicyRule{APIGroups: []string{""}, Resources: pods, Verbs: []string{"*"}},
 			rbacv1.Subject{APIGroup: rbacv1.GroupName, Kind: rbacv1.GroupKind, Name: "system:authenticated"},
 		},
 		"override": {
@@ -116,7 +117,8 @@ func (s *apiServer) hold(t *testing.T, expectations []expectation) {
 		}
 	}
 	found.report(t)
-	t.Logf("%d requests to %s in %s: %d disagreements", len(expectations), s.version, time.Since(start).Round(time.Millisecond), len(found.lines))
+	spent := time.Since(start).Round(time.Millisecond)
+	t.Logf("%d requests to %s in %s: %d disagreements", len(expectations), s.version, spent, len(found.lines))
 }
 
 // updates are the changes to a pod that the UPDATE conditions tell apart.
@@ -233,27 +235,28 @@ func updateRequest(t *testing.T, before, after *corev1.Pod) *admissionv1.Admissi
 	return request
 }
 
-func unmarked(*corev1.Pod) {}
-
 // testKubelets holds that a kubelet's deletes make no call if, and only if, the pod is on its own node.
 func (s *apiServer) testKubelets(t *testing.T) {
 	var expectations []expectation
+	nodes := ownKubelet.groups
 	for _, by := range []user{
-		ownKubelet, otherKubelet, {name: ownKubelet.name}, {name: "node-a", groups: ownKubelet.groups}, {name: "system:node:", groups: ownKubelet.groups}, alice,
+		ownKubelet, otherKubelet, {name: ownKubelet.name}, {name: "node-a", groups: nodes}, {name: "system:node:", groups: nodes}, alice,
 	} {
 		for _, path := range []Path{PathDelete, PathCollection} {
 			for _, node := range []string{"", "node-a"} {
 				for _, grace := range []int64{0, 30} {
 					for _, reached := range []corev1.PodPhase{corev1.PodRunning, corev1.PodFailed} {
-						pod := storedPod(callsNamespace, "kubelet-"+strconv.Itoa(len(expectations)), phase(reached), func(pod *corev1.Pod) { pod.Spec.NodeName = node })
-						c := &combination{path: path, dryRun: notDry, asked: &grace, pod: pod, namespace: pod.Namespace}
+						pod := storedPod(callsNamespace, "kubelet-"+strconv.Itoa(len(expectations)), phase(reached))
+						pod.Spec.NodeName = node
+						c := &combination{path: path, dryRun: notDry, asked: &grace, pod: pod}
 						configurations := failClosed
 						own := node != "" && by.name == "system:node:"+node && slices.Contains(by.groups, "system:nodes")
 						if own || effectOn(pod, &grace) != removesObject {
 							configurations = "none"
 						}
 						expectations = append(expectations, expectation{
-							name: fmt.Sprintf("%s with groups %v", c, by.groups), pod: pod, user: by, request: c.request(), path: path, configurations: configurations,
+							name: fmt.Sprintf("%s with groups %v", c, by.groups),
+							pod:  pod, user: by, request: c.request(), path: path, configurations: configurations,
 						})
 					}
 				}
@@ -334,8 +337,8 @@ func (s *apiServer) testOverrides(t *testing.T) {
 	s.hold(t, expectations)
 	found := s.overridesInAudit(t)
 	for _, e := range expectations {
-		if found[e.pod.Name] != audited[e.pod.Name] {
-			t.Errorf("%s, by %s: the audit log has the reason %.20q, want %.20q", e.name, e.user.name, found[e.pod.Name], audited[e.pod.Name])
+		if got, want := found[e.pod.Name], audited[e.pod.Name]; got != want {
+			t.Errorf("%s, by %s: the audit log has the reason %.20q, want %.20q", e.name, e.user.name, got, want)
 		}
 	}
 }
@@ -343,7 +346,7 @@ func (s *apiServer) testOverrides(t *testing.T) {
 // deletion makes the request to delete a pod with a grace period.
 func deletion(path Path, grace int64) func(*corev1.Pod) request {
 	return func(pod *corev1.Pod) request {
-		return (&combination{path: path, dryRun: notDry, asked: &grace, pod: pod, namespace: pod.Namespace}).request()
+		return (&combination{path: path, dryRun: notDry, asked: &grace, pod: pod}).request()
 	}
 }
 

@@ -145,16 +145,18 @@ func (s *apiServer) store(t *testing.T, pods ...*corev1.Pod) {
 	}
 }
 
-// pods reads all pods of a namespace.
-func (s *apiServer) pods(t *testing.T, namespace string) map[string]*corev1.Pod {
+// pods reads all pods of some namespaces, by their paths.
+func (s *apiServer) pods(t *testing.T, namespaces ...string) map[string]*corev1.Pod {
 	t.Helper()
-	list, err := s.CoreV1().Pods(namespace).List(t.Context(), metav1.ListOptions{})
-	if err != nil {
-		t.Fatal(err)
-	}
 	pods := map[string]*corev1.Pod{}
-	for i := range list.Items {
-		pods[list.Items[i].Name] = &list.Items[i]
+	for _, namespace := range namespaces {
+		list, err := s.CoreV1().Pods(namespace).List(t.Context(), metav1.ListOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i := range list.Items {
+			pods[podPath(&list.Items[i])] = &list.Items[i]
+		}
 	}
 	return pods
 }
@@ -233,7 +235,8 @@ func (s *apiServer) install(t *testing.T) {
 func renderChart(t *testing.T, kubernetes string) []runtime.Object {
 	t.Helper()
 	var stderr bytes.Buffer
-	cmd := exec.CommandContext(t.Context(), binary(t, "helm"), "template", "eni-guard", "../charts/eni-guard", "--namespace", "eni-guard", "--kube-version", kubernetes)
+	cmd := exec.CommandContext(t.Context(), binary(t, "helm"), "template", "eni-guard", "../charts/eni-guard",
+		"--namespace", "eni-guard", "--kube-version", kubernetes)
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()
 	if err != nil {

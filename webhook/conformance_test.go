@@ -51,7 +51,8 @@ const (
 func (s *apiServer) prepare(t *testing.T) {
 	t.Helper()
 	for _, name := range []string{noBudget, budgetAllows, budgetBlocks, callsNamespace} {
-		if _, err := s.CoreV1().Namespaces().Create(t.Context(), &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name}}, metav1.CreateOptions{}); err != nil {
+		namespace := &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name}}
+		if _, err := s.CoreV1().Namespaces().Create(t.Context(), namespace, metav1.CreateOptions{}); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -70,7 +71,8 @@ func (s *apiServer) prepare(t *testing.T) {
 				t.Fatal(err)
 			}
 			budget.Status = policyv1.PodDisruptionBudgetStatus{
-				ObservedGeneration: budget.Generation, DisruptionsAllowed: allowed, CurrentHealthy: allowed + 1, DesiredHealthy: 1, ExpectedPods: allowed + 1,
+				ObservedGeneration: budget.Generation, DisruptionsAllowed: allowed,
+				CurrentHealthy: allowed + 1, DesiredHealthy: 1, ExpectedPods: allowed + 1,
 			}
 			if _, err := budgets.UpdateStatus(t.Context(), budget, metav1.UpdateOptions{}); err != nil {
 				t.Fatal(err)
@@ -139,11 +141,10 @@ const (
 
 // combination is one request to a pod in one state.
 type combination struct {
-	path      Path
-	dryRun    dryRun
-	asked     *int64
-	pod       *corev1.Pod
-	namespace string
+	path   Path
+	dryRun dryRun
+	asked  *int64
+	pod    *corev1.Pod
 }
 
 func (c *combination) String() string {
@@ -156,8 +157,9 @@ func (c *combination) String() string {
 	if len(p.Finalizers) > 0 {
 		finalizers = "finalizer"
 	}
-	return fmt.Sprintf("%s of a pod (own grace %s, %s, %s, %s, %s) asking for grace %s, %s, %s (%s)", c.path, seconds(p.Spec.TerminationGracePeriodSeconds),
-		p.Status.Phase, node, stateOf(p), finalizers, seconds(c.asked), c.dryRun, c.namespace, p.Name)
+	return fmt.Sprintf("%s of a pod (own grace %s, %s, %s, %s, %s) asking for grace %s, %s, %s (%s)",
+		c.path, seconds(p.Spec.TerminationGracePeriodSeconds), p.Status.Phase, node, stateOf(p), finalizers,
+		seconds(c.asked), c.dryRun, p.Namespace, p.Name)
 }
 
 func seconds(grace *int64) string {
@@ -167,39 +169,52 @@ func seconds(grace *int64) string {
 	return strconv.FormatInt(*grace, 10)
 }
 
+// states are those that a pod can be in, each as the change that brings a running pod there.
+func states() []func(*corev1.Pod) {
+	phases := []corev1.PodPhase{corev1.PodPending, corev1.PodRunning, corev1.PodSucceeded, corev1.PodFailed, corev1.PodUnknown}
+	marks := []func(*corev1.Pod){unmarked, terminating(new(int64(30))), terminating(new(int64(0))), terminating(nil)}
+	var all []func(*corev1.Pod)
+	for _, own := range []int64{0, 1, 30} {
+		for _, reached := range phases {
+			for _, node := range []string{"", "node-a"} {
+				for _, mark := range marks {
+					for _, finalizers := range [][]string{nil, {"example.com/kept"}} {
+						all = append(all, func(pod *corev1.Pod) {
+							pod.Spec.TerminationGracePeriodSeconds, pod.Spec.NodeName = &own, node
+							pod.Status.Phase, pod.Finalizers = reached, finalizers
+							mark(pod)
+						})
+					}
+				}
+			}
+		}
+	}
+	return all
+}
+
+func unmarked(*corev1.Pod) {}
+
 // combinations are all there are.
 func combinations() []*combination {
-	type way struct {
+	everywhere, ofEvictions := []dryRun{notDry, inBody, inQuery, besideBody}, []dryRun{notDry, inBody, inQuery}
+	var all []*combination
+	for _, way := range []struct {
 		path      Path
 		namespace string
 		dryRuns   []dryRun
-	}
-	ways := []way{
-		{PathDelete, noBudget, []dryRun{notDry, inBody, inQuery, besideBody}},
-		{PathCollection, noBudget, []dryRun{notDry, inBody, inQuery, besideBody}},
-	}
-	for _, namespace := range []string{noBudget, budgetAllows, budgetBlocks} {
-		ways = append(ways, way{PathEviction, namespace, []dryRun{notDry, inBody, inQuery}})
-	}
-	var all []*combination
-	for _, way := range ways {
+	}{
+		{PathDelete, noBudget, everywhere},
+		{PathCollection, noBudget, everywhere},
+		{PathEviction, noBudget, ofEvictions},
+		{PathEviction, budgetAllows, ofEvictions},
+		{PathEviction, budgetBlocks, ofEvictions},
+	} {
 		for _, dry := range way.dryRuns {
 			for _, asked := range []*int64{nil, new(int64(-1)), new(int64(0)), new(int64(1)), new(int64(30))} {
-				for _, own := range []int64{0, 1, 30} {
-					for _, reached := range []corev1.PodPhase{corev1.PodPending, corev1.PodRunning, corev1.PodSucceeded, corev1.PodFailed, corev1.PodUnknown} {
-						for _, node := range []string{"", "node-a"} {
-							for _, mark := range []func(*corev1.Pod){unmarked, terminating(new(int64(30))), terminating(new(int64(0))), terminating(nil)} {
-								for _, finalizers := range [][]string{nil, {"example.com/kept"}} {
-									number := len(all)
-									pod := storedPod(way.namespace, "pod-"+strconv.Itoa(number), ownGrace(&own), phase(reached), mark, func(pod *corev1.Pod) {
-										pod.Spec.NodeName, pod.Finalizers = node, finalizers
-										pod.Labels = map[string]string{workerLabel: strconv.Itoa(number % workers)}
-									})
-									all = append(all, &combination{way.path, dry, asked, pod, way.namespace})
-								}
-							}
-						}
-					}
+				for _, state := range states() {
+					pod := storedPod(way.namespace, "pod-"+strconv.Itoa(len(all)), state)
+					pod.Labels = map[string]string{workerLabel: strconv.Itoa(len(all) % workers)}
+					all = append(all, &combination{path: way.path, dryRun: dry, asked: asked, pod: pod})
 				}
 			}
 		}
@@ -240,7 +255,7 @@ func (c *combination) isDry() bool { return c.dryRun == inBody || c.dryRun == in
 // refused says whether a disruption budget stands against the eviction: it must be one that blocks, and the pod one that
 // counts (canIgnorePDB in kubernetes pkg/registry/core/pod/storage/eviction.go).
 func (c *combination) refused() bool {
-	return c.path == PathEviction && c.namespace == budgetBlocks && c.pod.DeletionTimestamp == nil &&
+	return c.path == PathEviction && c.pod.Namespace == budgetBlocks && c.pod.DeletionTimestamp == nil &&
 		(c.pod.Status.Phase == corev1.PodRunning || c.pod.Status.Phase == corev1.PodUnknown)
 }
 
@@ -290,6 +305,12 @@ func (c *combination) predicted() string {
 	return "terminating with " + strconv.FormatInt(atLeastOne(*grace), 10)
 }
 
+// podsOfBudgets are the stored pods of the combinations, by their paths.
+func (s *apiServer) podsOfBudgets(t *testing.T) map[string]*corev1.Pod {
+	t.Helper()
+	return s.pods(t, noBudget, budgetAllows, budgetBlocks)
+}
+
 func (s *apiServer) testRemovals(t *testing.T) {
 	start := time.Now()
 	all := combinations()
@@ -298,29 +319,27 @@ func (s *apiServer) testRemovals(t *testing.T) {
 		pods = append(pods, c.pod)
 	}
 	s.store(t, pods...)
-	t.Logf("%d pods are stored after %s", len(pods), time.Since(start).Round(time.Millisecond))
-
+	before := s.podsOfBudgets(t)
 	answers := make([]int, len(all))
 	failures := make([]error, len(all))
 	inParallel(len(all), func(i int) { answers[i], failures[i] = s.send(t.Context(), all[i].request()) })
-	t.Logf("all requests are answered after %s", time.Since(start).Round(time.Millisecond))
-
-	after := map[string]map[string]*corev1.Pod{}
-	for _, namespace := range []string{noBudget, budgetAllows, budgetBlocks} {
-		after[namespace] = s.pods(t, namespace)
-	}
+	after := s.podsOfBudgets(t)
 	var found disagreements
 	for i, c := range all {
 		if got, want := answers[i], c.answer(); got != want {
 			found.add("%s: answered with %d, want %d: %v", c, got, want, failures[i])
 		}
-		if got, want := stateOf(after[c.namespace][c.pod.Name]), c.predicted(); got != want {
+		was, is := before[podPath(c.pod)], after[podPath(c.pod)]
+		if got, want := stateOf(is), c.predicted(); got != want {
 			found.add("%s: the pod is %s, the rule says: %s", c, got, want)
+		} else if (c.isDry() || c.refused()) && was.ResourceVersion != is.ResourceVersion {
+			found.add("%s: the pod has been written to", c)
 		}
 		s.checkCalls(c, &found)
 	}
 	found.report(t)
-	t.Logf("%d combinations against %s in %s: %d disagreements", len(all), s.version, time.Since(start).Round(time.Millisecond), len(found.lines))
+	spent := time.Since(start).Round(time.Millisecond)
+	t.Logf("%d combinations against %s in %s: %d disagreements", len(all), s.version, spent, len(found.lines))
 }
 
 // inParallel calls do with 0 to n-1, of which every worker has those that leave its number as the remainder.
