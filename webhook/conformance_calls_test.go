@@ -206,7 +206,7 @@ func (s *apiServer) testUpdates(t *testing.T) {
 // what it must read.
 func callsAboutUpdate(t *testing.T, before, after *corev1.Pod, by user) (path Path, configurations string) {
 	t.Helper()
-	r, err := removalOf(updateRequest(t, before, after))
+	r, err := removalOf(updateReview(t, before, after))
 	if err != nil {
 		return "", "none"
 	}
@@ -223,8 +223,8 @@ func callsAboutUpdate(t *testing.T, before, after *corev1.Pod, by user) (path Pa
 	return r.path, strings.Join(names, " and ")
 }
 
-// updateRequest is what the API server sends for UPDATE of a pod.
-func updateRequest(t *testing.T, before, after *corev1.Pod) *admissionv1.AdmissionRequest {
+// updateReview is what the API server sends for UPDATE of a pod.
+func updateReview(t *testing.T, before, after *corev1.Pod) *admissionv1.AdmissionRequest {
 	t.Helper()
 	request := deleteRequest(t, before, nil)
 	object, err := json.Marshal(after)

@@ -341,14 +341,14 @@ func (s *apiServer) overridesInAudit(t *testing.T) map[string]string {
 	return reasons
 }
 
-// eventually waits for something that takes the API server a moment.
-func eventually(t *testing.T, what string, condition func() bool) {
+// inForce waits for what takes the API server a moment.
+func inForce(t *testing.T, condition func() bool) {
 	t.Helper()
 	err := wait.PollUntilContextTimeout(t.Context(), 50*time.Millisecond, 30*time.Second, true, func(context.Context) (bool, error) {
 		return condition(), nil
 	})
 	if err != nil {
-		t.Fatalf("%s: %v", what, err)
+		t.Fatalf("the configurations, the policy and the users' rights do not come into force: %v", err)
 	}
 }
 

@@ -87,7 +87,7 @@ func (s *apiServer) waitForAdmission(t *testing.T) {
 	plain, overridden := storedPod(callsNamespace, "probe"), storedPod(callsNamespace, "probe-overridden")
 	overridden.Annotations = map[string]string{overrideAnnotation: "a probe"}
 	s.store(t, plain, overridden)
-	eventually(t, "the configurations, the policy and the users' rights do not come into force", func() bool {
+	inForce(t, func() bool {
 		for _, pod := range []*corev1.Pod{plain, overridden} {
 			r := deletion(PathDelete, 0)(pod)
 			r.user, r.query["dryRun"], r.query["gracePeriodSeconds"], r.body = bob.name, metav1.DryRunAll, "0", nil
