@@ -1,7 +1,10 @@
 # Every target works from a fresh clone. As root on Debian, what is missing is installed and built; elsewhere it is named.
 KUBERNETES_VERSION ?= 1.36.3
+# The oldest Kubernetes that the removal rule is held against: the first with stable matchConditions.
+OLDEST_KUBERNETES ?= 1.30.14
 # How often eni-sim releases addresses of pods that the API server no longer has; Terway does it every 5m.
 GC_PERIOD ?= 5s
+# How long each fuzz test of `make fuzz` runs.
 FUZZTIME ?= 1m
 # How many addresses eni-sim has.
 POOL_SIZE ?= 128
@@ -14,18 +17,25 @@ export GOWORK := off
 export GOFLAGS := -trimpath -buildvcs=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-unit test-cluster test-e2e cluster-up cluster-down install image build lint bench fuzz go FORCE
+.PHONY: help demo test test-unit test-conformance test-cluster test-e2e cluster-up cluster-down install image build lint bench fuzz go FORCE
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: install ## Replay the incident on a real cluster, without and with the guard
 	@go run ./test/e2e/demo
 
-test: test-unit test-cluster test-e2e ## Run all tests, on a fresh cluster that stays up afterwards
+test: test-unit test-conformance test-cluster test-e2e ## Run all tests, on a fresh cluster that stays up afterwards
 
 test-unit: go ## Run the tests that need no cluster
 	go test $$(go list ./... | grep -v /test/e2e)
+
+test-conformance: go bin/cluster ## Hold the removal rule and its CEL against real API servers, the default and the oldest one
+	@set -e; for version in $(KUBERNETES_VERSION) $(OLDEST_KUBERNETES); do \
+		bin/cluster --kubernetes-version $$version apiserver .cluster/apiserver-$$version; \
+		ENI_GUARD_APISERVER=$(CURDIR)/.cluster/apiserver-$$version \
+			go test -tags conformance -count=1 -timeout 10m -v -run '^(TestConformance|TestChart)' ./webhook; \
+	done
 
 test-cluster: go bin/cluster ## Test hack/cluster: eni-sim, stuckfs, and that cluster-down leaves nothing behind
 	@bin/cluster down
@@ -63,7 +73,7 @@ bench: install ## Run the benchmarks, those of one part on one core, those end t
 	go test -run '^$$' -bench . -benchmem -cpu 1 ./webhook/... ./internal/...
 	go test -run '^$$' -bench . -benchtime 40x -timeout 20m ./test/e2e
 
-fuzz: go ## Look for bad input that does harm; FUZZTIME=10m looks longer
+fuzz: go ## Look for input that does harm; FUZZTIME=10m looks longer
 	go test ./webhook -run '^$$' -fuzz FuzzReview -fuzztime $(FUZZTIME) -fuzzminimizetime 10x
 	go test ./webhook -run '^$$' -fuzz FuzzOverride -fuzztime $(FUZZTIME) -fuzzminimizetime 10x
 

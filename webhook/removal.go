@@ -20,7 +20,7 @@ import (
 const (
 	// Finalizer keeps the object of a held pod in the API server.
 	Finalizer = "eni-guard.io/sandbox-in-use"
-	// IgnoreLabel, with the value "true", tells Terway to leave a pod alone; from v1.16.6 it frees the address of a pod
+	// IgnoreLabel with the value "true" tells Terway to leave a pod alone; from v1.16.6 it frees the address of a pod
 	// that is given it later.
 	IgnoreLabel = "k8s.aliyun.com/ignore-by-terway"
 )

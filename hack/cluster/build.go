@@ -60,25 +60,45 @@ func binaryName(pkg string) string {
 
 // buildTools builds what the cache lacks and links everything into .cluster/bin.
 func buildTools(ctx context.Context, cfg config) error {
+	if err := buildAndLink(ctx, cfg, toolsets(cfg.kubernetes), cfg.path("bin")); err != nil {
+		return err
+	}
+	return buildOwn(ctx, cfg)
+}
+
+// buildAPIServer builds what a conformance run of one Kubernetes version needs and the cache lacks, and links it into dir:
+// the API server, its store, and Helm, which renders the chart.
+func buildAPIServer(ctx context.Context, cfg config, dir string) error {
+	sets := toolsets(cfg.kubernetes)
+	for i := range sets {
+		if sets[i].name == "kubernetes" {
+			sets[i].packages, sets[i].note = []string{"k8s.io/kubernetes/cmd/kube-apiserver"}, "about 3 minutes on 2 cores, once"
+		}
+	}
+	return buildAndLink(ctx, cfg, sets, dir)
+}
+
+// buildAndLink builds what the cache lacks of the sets and links their binaries into links.
+func buildAndLink(ctx context.Context, cfg config, sets []toolset, links string) error {
 	cache, err := cacheDir()
 	if err != nil {
 		return err
 	}
-	if err := os.MkdirAll(cfg.path("bin"), 0o755); err != nil {
+	if err := os.MkdirAll(links, 0o755); err != nil {
 		return err
 	}
-	for _, set := range toolsets(cfg.kubernetes) {
+	for _, set := range sets {
 		dir := filepath.Join(cache, set.name+"-v"+set.version)
 		if err := buildSet(ctx, cfg, set, dir); err != nil {
 			return fmt.Errorf("building %s v%s: %w", set.name, set.version, err)
 		}
 		for _, pkg := range set.packages {
-			if err := relink(filepath.Join(dir, binaryName(pkg)), cfg.binary(binaryName(pkg))); err != nil {
+			if err := relink(filepath.Join(dir, binaryName(pkg)), filepath.Join(links, binaryName(pkg))); err != nil {
 				return err
 			}
 		}
 	}
-	return buildOwn(ctx, cfg)
+	return nil
 }
 
 // buildSet builds the missing binaries of a set into dir. A lock keeps two checkouts from building the same thing at
@@ -154,7 +174,12 @@ func writeKubernetesModule(ctx context.Context, dir string, set toolset) error {
 	if err := os.WriteFile(filepath.Join(dir, "go.mod"), mod.Bytes(), 0o644); err != nil {
 		return err
 	}
-	return goCommand(ctx, dir, append([]string{"get"}, set.packages...)...)
+	get := []string{"get"}
+	for _, pkg := range set.packages {
+		// Without a version, go get takes the latest Kubernetes and leaves the replaces behind.
+		get = append(get, pkg+"@v"+set.version)
+	}
+	return goCommand(ctx, dir, get...)
 }
 
 // buildOwn builds the programs of this module that the cluster runs. The build cache makes a repeat cheap.

@@ -63,6 +63,12 @@ func newCommand() *cobra.Command {
 			RunE:  func(cmd *cobra.Command, _ []string) error { return prepare(cmd.Context(), cfg) },
 		},
 		&cobra.Command{
+			Use:   "apiserver DIR",
+			Short: "Build what is missing of an API server alone, with etcd and Helm, and link the binaries into a directory",
+			Args:  cobra.ExactArgs(1),
+			RunE:  func(cmd *cobra.Command, args []string) error { return buildAPIServer(cmd.Context(), cfg, args[0]) },
+		},
+		&cobra.Command{
 			Use:   "image ARCHIVE REFERENCE BINARY",
 			Short: "Write an OCI archive that holds one static binary as its entry point",
 			Args:  cobra.ExactArgs(3),
