@@ -3,7 +3,6 @@
 package webhook
 
 import (
-	"encoding/json"
 	"fmt"
 	"net/http"
 	"slices"
@@ -12,16 +11,9 @@ import (
 	"testing"
 	"time"
 
-	admissionv1 "k8s.io/api/admission/v1"
 	corev1 "k8s.io/api/core/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/runtime"
-)
-
-const (
-	overrideAnnotation = "eni-guard.io/allow-force-delete"
-	untilAnnotation    = "eni-guard.io/allow-force-delete-until"
 )
 
 // user is who sends a request.
@@ -206,7 +198,7 @@ func (s *apiServer) testUpdates(t *testing.T) {
 // what it must read.
 func callsAboutUpdate(t *testing.T, before, after *corev1.Pod, by user) (path Path, configurations string) {
 	t.Helper()
-	r, err := removalOf(updateReview(t, before, after))
+	r, err := removalOf(updateRequest(t, before, after, ""))
 	if err != nil {
 		return "", "none"
 	}
@@ -221,18 +213,6 @@ func callsAboutUpdate(t *testing.T, before, after *corev1.Pod, by user) (path Pa
 		return "", "none"
 	}
 	return r.path, strings.Join(names, " and ")
-}
-
-// updateReview is what the API server sends for UPDATE of a pod.
-func updateReview(t *testing.T, before, after *corev1.Pod) *admissionv1.AdmissionRequest {
-	t.Helper()
-	request := deleteRequest(t, before, nil)
-	object, err := json.Marshal(after)
-	if err != nil {
-		t.Fatal(err)
-	}
-	request.Operation, request.Object = admissionv1.Update, runtime.RawExtension{Raw: object}
-	return request
 }
 
 // testKubelets holds that a kubelet's deletes make no call if, and only if, the pod is on its own node.
@@ -312,15 +292,20 @@ func (s *apiServer) testOverrides(t *testing.T) {
 						}
 						pod.Annotations = map[string]string{"example.com/other": "x"}
 						if annotated {
-							pod.Annotations[overrideAnnotation] = reason.text
+							pod.Annotations[OverrideAnnotation] = reason.text
 						}
 						if limited {
-							pod.Annotations[untilAnnotation] = time.Now().Add(time.Hour).UTC().Format(time.RFC3339)
+							pod.Annotations[OverrideUntilAnnotation] = time.Now().Add(time.Hour).UTC().Format(time.RFC3339)
+						}
+						// The rule in Go is the same one.
+						if o := overrideOf(pod, time.Now()); (o.reason != "" && o.refused == "") != (annotated && reason.counts) {
+							t.Errorf("annotated %t with %.20q, until %t: overrideOf says %+v", annotated, reason.text, limited, o)
 						}
 						configurations := way.otherwise
 						if way.overridable && annotated && reason.counts && !limited && by.name == bob.name {
 							configurations = failOpen
-							if way.path == PathDelete {
+							// In a collection delete all pods have one key.
+							if way.path != PathCollection {
 								// The API server trims what a policy writes.
 								audited[pod.Name] = strings.TrimSpace(reason.text)
 							}

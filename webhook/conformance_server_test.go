@@ -45,10 +45,10 @@ const (
 	unfiltered = "eni-guard-unfiltered"
 )
 
-// auditPolicy records the deletes of the namespace with the overrides, and nothing else.
+// auditPolicy records deletes and updates in the namespace with the overrides, and nothing else.
 const auditPolicy = `{
   "apiVersion": "audit.k8s.io/v1", "kind": "Policy", "omitStages": ["RequestReceived"],
-  "rules": [{"level": "Metadata", "verbs": ["delete"], "namespaces": ["` + callsNamespace + `"]}, {"level": "None"}]
+  "rules": [{"level": "Metadata", "verbs": ["delete", "update"], "namespaces": ["` + callsNamespace + `"]}, {"level": "None"}]
 }`
 
 // apiServer is a kube-apiserver with its etcd and nothing else: no controller, no kubelet.

@@ -85,7 +85,7 @@ func (s *apiServer) prepare(t *testing.T) {
 func (s *apiServer) waitForAdmission(t *testing.T) {
 	t.Helper()
 	plain, overridden := storedPod(callsNamespace, "probe"), storedPod(callsNamespace, "probe-overridden")
-	overridden.Annotations = map[string]string{overrideAnnotation: "a probe"}
+	overridden.Annotations = map[string]string{OverrideAnnotation: "a probe"}
 	s.store(t, plain, overridden)
 	inForce(t, func() bool {
 		for _, pod := range []*corev1.Pod{plain, overridden} {
