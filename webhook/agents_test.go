@@ -157,9 +157,13 @@ func TestAskWhereNobodyListens(t *testing.T) {
 // take the answer from the others.
 func TestConcurrentQuestionsAboutOnePodAreOne(t *testing.T) {
 	var asked atomic.Int32
-	answer := make(chan struct{})
+	answer, first, second := make(chan struct{}), make(chan struct{}), make(chan struct{}, 50)
 	a, address, _ := startAgent(t, 20*time.Second, func(w http.ResponseWriter, _ *http.Request) {
-		asked.Add(1)
+		if asked.Add(1) == 1 {
+			close(first)
+		} else {
+			second <- struct{}{}
+		}
 		<-answer
 		_ = json.NewEncoder(w).Encode(allProbes(stuck()...))
 	})
@@ -169,7 +173,7 @@ func TestConcurrentQuestionsAboutOnePodAreOne(t *testing.T) {
 		_, err := a.ask(impatient, address, webQuery)
 		gaveUp <- err
 	}()
-	eventually(t, "the first question to arrive", func() bool { return asked.Load() == 1 })
+	<-first
 	var all, started sync.WaitGroup
 	started.Add(50)
 	for range 50 {
@@ -187,12 +191,10 @@ func TestConcurrentQuestionsAboutOnePodAreOne(t *testing.T) {
 		t.Error("who gave up got an answer")
 	}
 	// Without an answer to the first, a second question would arrive now.
-	for range 100 {
-		if n := asked.Load(); n != 1 {
-			t.Errorf("the agent was asked %d times", n)
-			break
-		}
-		time.Sleep(time.Millisecond)
+	select {
+	case <-second:
+		t.Error("the agent was asked again")
+	case <-time.After(100 * time.Millisecond):
 	}
 	close(answer)
 	all.Wait()
@@ -202,9 +204,11 @@ func TestConcurrentQuestionsAboutOnePodAreOne(t *testing.T) {
 // asked.
 func TestASilentNodeTakesNoMoreThanItsPlaces(t *testing.T) {
 	var waiting atomic.Int32
-	silent := make(chan struct{})
+	silent, full := make(chan struct{}), make(chan struct{})
 	a, address, _ := startAgent(t, 2*time.Second, func(_ http.ResponseWriter, r *http.Request) {
-		waiting.Add(1)
+		if waiting.Add(1) == maxQuestions {
+			close(full)
+		}
 		select {
 		case <-silent:
 		case <-r.Context().Done():
@@ -225,7 +229,7 @@ func TestASilentNodeTakesNoMoreThanItsPlaces(t *testing.T) {
 			}
 		})
 	}
-	eventually(t, "the places to be taken", func() bool { return waiting.Load() == maxQuestions })
+	<-full
 	other, err := a.nodes.take(t.Context(), "192.0.2.8")
 	if err != nil {
 		t.Fatal(err)
@@ -257,16 +261,5 @@ func TestAwait(t *testing.T) {
 	report, err := a.await(t.Context(), address, webQuery, 20*time.Second)
 	if err != nil || report.Verdict() != sandbox.Released {
 		t.Errorf("got %s, %v", report.Verdict(), err)
-	}
-}
-
-func eventually(t *testing.T, what string, condition func() bool) {
-	t.Helper()
-	deadline := time.Now().Add(30 * time.Second)
-	for !condition() {
-		if time.Now().After(deadline) {
-			t.Fatal("waited too long for " + what)
-		}
-		time.Sleep(time.Millisecond)
 	}
 }

@@ -2,6 +2,7 @@ package webhook
 
 import (
 	"fmt"
+	"slices"
 
 	"github.com/eni-guard/eni-guard/internal/sandbox"
 )
@@ -167,11 +168,7 @@ func (d decision) judge() Reason {
 
 // mayGo lists the reasons for which a pod goes in every mode.
 func mayGo(reason Reason) bool {
-	switch reason {
-	case ReasonReleased, ReasonNodeGone, ReasonNodeOutOfService, ReasonContainersTerminated:
-		return true
-	}
-	return false
+	return slices.Contains([]Reason{ReasonReleased, ReasonNodeGone, ReasonNodeOutOfService, ReasonContainersTerminated}, reason)
 }
 
 // exemptDecision is the decision about a removal that no agent is asked about.

@@ -18,10 +18,12 @@ import (
 	authenticationv1 "k8s.io/api/authentication/v1"
 	corev1 "k8s.io/api/core/v1"
 	policyv1 "k8s.io/api/policy/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/util/wait"
 	"k8s.io/client-go/tools/events"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/client/fake"
@@ -422,12 +424,11 @@ func TestAnOverrideFreesAHeldPod(t *testing.T) {
 	if response := reviewed(t, guard, nil, deleteRequest(t, pod, new(int64(0)))); response.AuditAnnotations["decision"] != "overridden" || response.AuditAnnotations["override-reason"] != "node lost" {
 		t.Fatalf("got %+v", response)
 	}
-	deadline := time.Now().Add(30 * time.Second)
-	for guard.live.Get(t.Context(), client.ObjectKeyFromObject(pod), &corev1.Pod{}) == nil {
-		if time.Now().After(deadline) {
-			t.Fatal("the pod is still there")
-		}
-		time.Sleep(10 * time.Millisecond)
+	err := wait.PollUntilContextTimeout(t.Context(), 10*time.Millisecond, 30*time.Second, true, func(ctx context.Context) (bool, error) {
+		return apierrors.IsNotFound(guard.live.Get(ctx, client.ObjectKeyFromObject(pod), &corev1.Pod{})), nil
+	})
+	if err != nil {
+		t.Errorf("the pod is still there: %v", err)
 	}
 }
 

@@ -14,7 +14,7 @@ import (
 )
 
 const (
-	// HeldLabel, with the value "true", is on every held pod, so that the controller can watch those alone.
+	// HeldLabel is on every held pod, with the value "true", so that the controller can watch those alone.
 	HeldLabel = "eni-guard.io/held"
 	// HeldSinceAnnotation is when the pod was first held, in RFC 3339.
 	HeldSinceAnnotation = "eni-guard.io/held-since"

@@ -123,6 +123,7 @@ func warning(r *removal, d decision) string {
 		if d.verdict != sandbox.Released {
 			return "overridden: " + summary(r.pod, d)
 		}
+	case Allowed, Exempt, Denied:
 	}
 	return ""
 }

@@ -175,11 +175,8 @@ func (r *removal) effect() effect {
 // holdable says whether Finalizer keeps the pod from what the request does: it is there already, or can still be added.
 // The API server takes no new finalizer for an object that is being deleted.
 func (r *removal) holdable() bool {
-	switch r.path {
-	case PathDelete, PathCollection, PathEviction:
-		return held(r.pod) || r.pod.DeletionTimestamp == nil
-	}
-	return false
+	removes := r.path == PathDelete || r.path == PathCollection || r.path == PathEviction
+	return removes && (held(r.pod) || r.pod.DeletionTimestamp == nil)
 }
 
 // mustAddFinalizer says whether a held pod must be given the finalizer in this call. What the API server has read of the
