@@ -18,9 +18,16 @@ const annotationPrefix = "force-delete.eni-guard.io/"
 
 // AuditEvent is what the tests read of an audit event.
 type AuditEvent struct {
-	Verb      string
+	Verb string
+	User struct {
+		Username string
+	}
 	ObjectRef struct {
-		Resource, Namespace, Name string
+		Resource, Subresource, Namespace, Name string
+	}
+	// RequestObject is the DeleteOptions of a delete.
+	RequestObject struct {
+		DryRun []string
 	}
 	ResponseStatus struct {
 		Code int
