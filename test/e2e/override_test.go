@@ -52,8 +52,8 @@ func TestAnOverrideNeedsTheAnnotationAndTheRight(t *testing.T) {
 	wentThrough(t, cluster.Gone(t.Context(), pod))
 	onTheNode(t, pod, process)
 	record := decided(t, pod, "deny delete overridden bound Override")
-	if record.fields["override-reason"] != "the node is powered off" || !strings.Contains(record.fields["evidence"], "is in state D") || record.User.Username != operatorName {
-		t.Errorf("user %s, fields %v", record.User.Username, record.fields)
+	if record.fields["override-reason"] != "the node is powered off" || !strings.Contains(record.fields["evidence"], "is in state D") || record.Actor() != operatorName {
+		t.Errorf("user %s, fields %v", record.Actor(), record.fields)
 	}
 	operator.warned(t, "overridden: pod "+ns+"/web-0 is still alive on node node-1: process ")
 	wentThrough(t, incident.Wait(t.Context(), 30*time.Second, "the Event about the override", func(context.Context) error {
@@ -199,8 +199,8 @@ func TestAnOverrideWithoutAnyWebhook(t *testing.T) {
 		}
 	}
 	if !strings.Contains(failedOpen, "force-delete.eni-guard.io") || last.Annotations["override.eni-guard.io/override-reason"] != "the whole rack is powered off" ||
-		last.User.Username != operatorName || last.ResponseStatus.Code != 200 {
-		t.Errorf("the audit event says: user %s, code %d, %v", last.User.Username, last.ResponseStatus.Code, last.Annotations)
+		last.Actor() != operatorName || last.ResponseStatus.Code != 200 {
+		t.Errorf("the audit event says: user %s, code %d, %v", last.Actor(), last.ResponseStatus.Code, last.Annotations)
 	}
 
 	// A drain goes on; what is not graceful about an eviction is refused.
