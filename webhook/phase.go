@@ -65,8 +65,8 @@ func (g *Guard) watchPhase(log logr.Logger, r *removal) {
 		note := clip("user "+r.user.Username+" has written a terminal phase, but "+finding(r.pod, d), maxEventNote)
 		// Events of nodes carry the name as UID, as the kubelet's do: kubectl describe looks for that.
 		node := &corev1.ObjectReference{APIVersion: "v1", Kind: "Node", Name: r.pod.Spec.NodeName, UID: types.UID(r.pod.Spec.NodeName)}
-		for _, regarding := range []*corev1.ObjectReference{reference(r.pod), node} {
-			g.events.Eventf(regarding, nil, corev1.EventTypeWarning, "TerminalPhaseWhileBound", "WritePhase", "%s", note)
-		}
+		// Events about the same thing are put together, so that of the node names the pod: a second pod is another thing.
+		g.events.Eventf(reference(r.pod), nil, corev1.EventTypeWarning, "TerminalPhaseWhileBound", "WritePhase", "%s", note)
+		g.events.Eventf(node, reference(r.pod), corev1.EventTypeWarning, "TerminalPhaseWhileBound", "WritePhase", "%s", note)
 	}()
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -76,8 +77,7 @@ func freeHeldOnce(ctx context.Context, api client.Client, out io.Writer) (freed 
 	for _, pod := range pods {
 		pod.ResourceVersion = "" // whatever has changed in between
 		if failure := (holder{api}).free(ctx, &pod); failure != nil {
-			err = errors.Join(err, fmt.Errorf("pod %s/%s is still held: %w\n  to free it: kubectl patch pod %s -n %s --type=json -p='%s'",
-				pod.Namespace, pod.Name, failure, pod.Name, pod.Namespace, removeFinalizer(pod.Finalizers)))
+			err = errors.Join(err, fmt.Errorf("pod %s/%s is still held: %w; to free it: %s", pod.Namespace, pod.Name, failure, freeingCommand(&pod)))
 			continue
 		}
 		freed++
@@ -87,12 +87,12 @@ func freeHeldOnce(ctx context.Context, api client.Client, out io.Writer) (freed 
 	return freed, err
 }
 
-// removeFinalizer is the JSON patch that takes Finalizer, and only it, from a list of finalizers.
-func removeFinalizer(finalizers []string) string {
-	for i, finalizer := range finalizers {
-		if finalizer == Finalizer {
-			return fmt.Sprintf(`[{"op":"test","path":"/metadata/finalizers/%[1]d","value":"%[2]s"},{"op":"remove","path":"/metadata/finalizers/%[1]d"}]`, i, Finalizer)
-		}
-	}
-	return "[]"
+// freeingCommand is how a person frees a held pod while the guard is still there, which refuses that without an override.
+// It has no double quotes and no line breaks, because Helm writes those of a hook's output with backslashes; kubectl takes
+// patches in YAML.
+func freeingCommand(pod client.Object) string {
+	position := slices.Index(pod.GetFinalizers(), Finalizer)
+	return fmt.Sprintf("kubectl annotate pod %[1]s -n %[2]s --overwrite %[3]s='the guard is uninstalled' && "+
+		"kubectl patch pod %[1]s -n %[2]s --type=json -p='[{op: test, path: /metadata/finalizers/%[4]d, value: %[5]s}, {op: remove, path: /metadata/finalizers/%[4]d}]'",
+		pod.GetName(), pod.GetNamespace(), OverrideAnnotation, position, Finalizer)
 }

@@ -144,7 +144,7 @@ func prepareHost(cfg config) error {
 	if err := os.RemoveAll(dataDir); err != nil {
 		return err
 	}
-	for _, dir := range []string{runDir, dataDir, netnsDir} {
+	for _, dir := range []string{runDir, dataDir, dataDir + "/static-pods", netnsDir} {
 		if err := os.MkdirAll(dir, 0o755); err != nil {
 			return err
 		}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	stdlog "log"
 	"os"
+	"strings"
 
 	"github.com/go-logr/logr"
 	"github.com/go-logr/zapr"
@@ -24,7 +25,7 @@ func (o *Options) AddFlags(flags *pflag.FlagSet) {
 	flags.StringVar(&o.format, "log-format", "auto", "how to log to standard error: json, text, or auto (text on a terminal)")
 }
 
-// Logger returns the logger, or an error that names the flag that is wrong.
+// Logger returns the logger, and sends what the standard library logs there too. Or it returns an error that names the flag that is wrong.
 func (o *Options) Logger() (logr.Logger, error) {
 	encoding := zap.NewProductionEncoderConfig()
 	encoding.EncodeTime = zapcore.RFC3339NanoTimeEncoder
@@ -39,7 +40,11 @@ func (o *Options) Logger() (logr.Logger, error) {
 		return logr.Logger{}, fmt.Errorf("--log-format %q is not json, text or auto", o.format)
 	}
 	core := zapcore.NewCore(encoder, zapcore.Lock(os.Stderr), zapcore.InfoLevel)
-	return zapr.NewLogger(zap.New(core)), nil
+	log := zapr.NewLogger(zap.New(core))
+	// What servers of libraries print, such as failed TLS handshakes, must not come between lines of JSON.
+	stdlog.SetFlags(0)
+	stdlog.SetOutput(writer{log})
+	return log, nil
 }
 
 // Standard returns a logger for libraries that want one of the standard library.
@@ -50,6 +55,6 @@ func Standard(log logr.Logger) *stdlog.Logger {
 type writer struct{ log logr.Logger }
 
 func (w writer) Write(line []byte) (int, error) {
-	w.log.Info("server", "message", string(line))
+	w.log.Info("server", "message", strings.TrimSpace(string(line)))
 	return len(line), nil
 }

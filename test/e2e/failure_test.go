@@ -153,6 +153,23 @@ func TestARuntimeThatDoesNotAnswer(t *testing.T) {
 func TestWithoutAnyWebhook(t *testing.T) {
 	ns := namespace(t)
 	pod := sleeper(t, ns, "web-0", nil)
+	withoutWebhook(t)
+	err := forceDelete(t, pod)
+	if err == nil || !strings.Contains(err.Error(), `failed calling webhook "force-delete.eni-guard.io"`) {
+		t.Errorf("a forced delete: %v", err)
+	}
+	kept(t, pod)
+	if err := cluster.CoreV1().Pods(ns).Delete(t.Context(), pod.Name, metav1.DeleteOptions{}); err != nil {
+		t.Errorf("a graceful delete: %v", err)
+	}
+	if err := cluster.AwaitGone(t.Context(), pod); err != nil {
+		t.Errorf("the kubelet's delete: %v", err)
+	}
+}
+
+// withoutWebhook ends every replica of the webhook until the end of the test.
+func withoutWebhook(t *testing.T) {
+	t.Helper()
 	scale := func(ctx context.Context, replicas int32) error {
 		return incident.Wait(ctx, time.Minute, fmt.Sprintf("%d replicas of the webhook", replicas), func(ctx context.Context) error {
 			d, err := cluster.AppsV1().Deployments(incident.GuardNamespace).Get(ctx, "eni-guard-webhook", metav1.GetOptions{})
@@ -169,12 +186,12 @@ func TestWithoutAnyWebhook(t *testing.T) {
 			return settled(d, replicas)
 		})
 	}
-	defer func() {
+	t.Cleanup(func() {
 		if err := scale(context.Background(), 2); err != nil {
 			t.Fatal(err)
 		}
 		restored(t)
-	}()
+	})
 	err := scale(t.Context(), 0)
 	if err == nil {
 		// A replica that is told to end still answers over connections it has.
@@ -188,18 +205,6 @@ func TestWithoutAnyWebhook(t *testing.T) {
 	}
 	if err != nil {
 		t.Fatal(err)
-	}
-
-	err = forceDelete(t, pod)
-	if err == nil || !strings.Contains(err.Error(), `failed calling webhook "force-delete.eni-guard.io"`) {
-		t.Errorf("a forced delete: %v", err)
-	}
-	kept(t, pod)
-	if err := cluster.CoreV1().Pods(ns).Delete(t.Context(), pod.Name, metav1.DeleteOptions{}); err != nil {
-		t.Errorf("a graceful delete: %v", err)
-	}
-	if err := cluster.AwaitGone(t.Context(), pod); err != nil {
-		t.Errorf("the kubelet's delete: %v", err)
 	}
 }
 

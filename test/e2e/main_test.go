@@ -112,7 +112,25 @@ func removeNamespaces(ctx context.Context) error {
 		return err
 	}
 	for _, ns := range list.Items {
-		err = errors.Join(err, cluster.RemoveNamespace(ctx, ns.Name))
+		err = errors.Join(err, giveTime(ctx, ns.Name), cluster.RemoveNamespace(ctx, ns.Name))
+	}
+	return err
+}
+
+// giveTime deletes the pods of a namespace that give themselves no time to end. The namespace controller's delete of such
+// a pod is a forced one, and refused for as long as the pod runs.
+func giveTime(ctx context.Context, namespace string) error {
+	pods, err := cluster.CoreV1().Pods(namespace).List(ctx, metav1.ListOptions{})
+	if err != nil {
+		return err
+	}
+	for _, pod := range pods.Items {
+		if grace := pod.Spec.TerminationGracePeriodSeconds; grace != nil && *grace == 0 && pod.DeletionTimestamp == nil {
+			deleted := cluster.CoreV1().Pods(namespace).Delete(ctx, pod.Name, metav1.DeleteOptions{GracePeriodSeconds: new(int64(1))})
+			if !apierrors.IsNotFound(deleted) {
+				err = errors.Join(err, deleted)
+			}
+		}
 	}
 	return err
 }

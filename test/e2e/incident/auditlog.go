@@ -18,9 +18,17 @@ const annotationPrefix = "force-delete.eni-guard.io/"
 
 // AuditEvent is what the tests read of an audit event.
 type AuditEvent struct {
-	Verb      string
+	Verb string
+	// ImpersonatedUser is who counts, where User acts as somebody else.
+	User, ImpersonatedUser struct {
+		Username string
+	}
 	ObjectRef struct {
-		Resource, Namespace, Name string
+		Resource, Subresource, Namespace, Name string
+	}
+	// RequestObject is the DeleteOptions of a delete.
+	RequestObject struct {
+		DryRun []string
 	}
 	ResponseStatus struct {
 		Code int
@@ -30,6 +38,14 @@ type AuditEvent struct {
 
 // Annotation returns one of the guard's annotations.
 func (e AuditEvent) Annotation(key string) string { return e.Annotations[annotationPrefix+key] }
+
+// Actor is the user whose rights the request was made with.
+func (e AuditEvent) Actor() string {
+	if e.ImpersonatedUser.Username != "" {
+		return e.ImpersonatedUser.Username
+	}
+	return e.User.Username
+}
 
 // Removals reads the events of the audit log about removals of a pod by name. Those with an annotation of the guard tell
 // which pod of that name they are about; those of another are left out.

@@ -1,0 +1,550 @@
+package e2e
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	admissionregistrationv1 "k8s.io/api/admissionregistration/v1"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/util/rand"
+
+	"github.com/eni-guard/eni-guard/test/e2e/incident"
+)
+
+const webhookPods = "app.kubernetes.io/component=webhook"
+
+// heldUntilReleased holds a pod with a process that no signal ends, and returns how to let the process go.
+func heldUntilReleased(t *testing.T, ns string) (pod *corev1.Pod, release func()) {
+	t.Helper()
+	stuck := stuckFS(t, ns)
+	pod, _ = heldStuckPod(t, stuck, ns, "payment-0")
+	return pod, func() {
+		t.Helper()
+		wentThrough(t, stuck.Release())
+	}
+}
+
+// stillHeld fails the test unless the pod is marked for removal at once, kept by the guard's finalizer, and has its address.
+func stillHeld(t *testing.T, pod *corev1.Pod) {
+	t.Helper()
+	isHeld(t, pod)
+	hasItsAddress(t, pod)
+}
+
+// hasItsAddress fails the test unless the address is recorded for the pod where Terway would record it.
+func hasItsAddress(t *testing.T, pod *corev1.Pod) {
+	t.Helper()
+	addresses, err := cluster.Addresses(t.Context())
+	wentThrough(t, err)
+	if got := addresses.Of(pod.Namespace, pod.Name); got != pod.Status.PodIP {
+		t.Errorf("address %q is recorded for pod %s, not %s", got, pod.Name, pod.Status.PodIP)
+	}
+}
+
+// freed waits until a held pod is gone, and looks at the traces that must be left of it: an Event and a line of
+// the log.
+func freed(t *testing.T, pod *corev1.Pod, timeout time.Duration, reason, words string) {
+	t.Helper()
+	begin := time.Now()
+	err := incident.Wait(t.Context(), timeout, "held pod "+pod.Name+" to be freed", func(ctx context.Context) error {
+		return cluster.Gone(ctx, pod)
+	})
+	if err != nil {
+		now := read(t, pod)
+		t.Fatalf("%v (finalizers %v, annotations %v)", err, now.Finalizers, now.Annotations)
+	}
+	t.Logf("pod %s was freed after %s", pod.Name, time.Since(begin).Round(100*time.Millisecond))
+	traces(t, pod, reason, words)
+}
+
+// nothingHeld fails the test if a pod anywhere has the guard's finalizer.
+func nothingHeld(t *testing.T) {
+	t.Helper()
+	pods, err := cluster.CoreV1().Pods("").List(t.Context(), metav1.ListOptions{})
+	wentThrough(t, err)
+	for _, pod := range pods.Items {
+		if held(&pod) {
+			t.Errorf("pod %s/%s is held", pod.Namespace, pod.Name)
+		}
+	}
+}
+
+// traces fails the test unless the release of a held pod has left an Event and a line of the log.
+func traces(t *testing.T, pod *corev1.Pod, reason, words string) {
+	t.Helper()
+	err := incident.Wait(t.Context(), 10*time.Second, "an Event HoldReleased of pod "+pod.Name, func(ctx context.Context) error {
+		events, err := cluster.CoreV1().Events(pod.Namespace).List(ctx, metav1.ListOptions{FieldSelector: "reason=HoldReleased,involvedObject.uid=" + string(pod.UID)})
+		if err != nil {
+			return err
+		}
+		if len(events.Items) != 1 || !strings.Contains(events.Items[0].Message, words) {
+			return fmt.Errorf("there are %d: %v", len(events.Items), events.Items)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Error(err)
+	}
+	line := inWebhookLog(t, `"msg":"freed a held pod"`, string(pod.UID))
+	if !strings.Contains(line, `"reason":"`+reason+`"`) || !strings.Contains(line, pod.Status.PodIP) {
+		t.Errorf("the log says of the release of pod %s: %q", pod.Name, line)
+	}
+}
+
+// inWebhookLog returns the one line in the logs of the webhook with all of parts in it.
+func inWebhookLog(t *testing.T, parts ...string) string {
+	t.Helper()
+	var found []string
+	for line := range strings.Lines(kubectl(t, incident.GuardNamespace, "logs", "-l", webhookPods, "--tail=-1")) {
+		if !slices.ContainsFunc(parts, func(part string) bool { return !strings.Contains(line, part) }) {
+			found = append(found, strings.TrimSpace(line))
+		}
+	}
+	if len(found) != 1 {
+		t.Errorf("%d lines of the webhook's logs have %q in them, not 1", len(found), parts)
+		return ""
+	}
+	return found[0]
+}
+
+// leader waits until a replica that runs leads, and returns it.
+func leader(t *testing.T) *corev1.Pod {
+	t.Helper()
+	var pod *corev1.Pod
+	err := incident.Wait(t.Context(), 90*time.Second, "a replica of the webhook to lead", func(ctx context.Context) error {
+		lease, err := cluster.CoordinationV1().Leases(incident.GuardNamespace).Get(ctx, "eni-guard-webhook", metav1.GetOptions{})
+		if err != nil {
+			return err
+		}
+		if lease.Spec.HolderIdentity == nil || *lease.Spec.HolderIdentity == "" || lease.Spec.RenewTime == nil {
+			return errors.New("nobody has the lease")
+		}
+		// One that has not renewed it for longer than it takes to is dead, or is about to lose it.
+		if age := time.Since(lease.Spec.RenewTime.Time); age > 8*time.Second {
+			return fmt.Errorf("%s has not renewed the lease for %s", *lease.Spec.HolderIdentity, age)
+		}
+		name, _, _ := strings.Cut(*lease.Spec.HolderIdentity, "_")
+		pod, err = cluster.CoreV1().Pods(incident.GuardNamespace).Get(ctx, name, metav1.GetOptions{})
+		return err
+	})
+	wentThrough(t, err)
+	return pod
+}
+
+// One stuck pod, held, through the end of everything that could lose it. It must be there after each, with its address,
+// and go as soon as its node lets go of it.
+func TestAHeldPodSurvivesTheRestartOfEveryPart(t *testing.T) {
+	ns := moded(t, "hold")
+	pod, release := heldUntilReleased(t, ns)
+	decided(t, pod, "hold delete held bound SandboxBound")
+
+	survives := func(part string, ends func(t *testing.T)) {
+		t.Run(part, func(t *testing.T) {
+			ends(t)
+			stillHeld(t, pod)
+			if _, err := incident.AwaitStuck(t.Context(), pod, "D"); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	// First, because nobody leads until its lease has run out, and the rest takes longer than that.
+	survives("the leader crashes", func(t *testing.T) {
+		leads := leader(t)
+		for _, process := range incident.Processes(leads) {
+			if err := syscall.Kill(process.PID, syscall.SIGKILL); err != nil {
+				t.Fatal(err)
+			}
+		}
+		err := incident.Wait(t.Context(), time.Minute, "the leader to start again", func(context.Context) error {
+			now := read(t, leads)
+			if before := leads.Status.ContainerStatuses[0].RestartCount; now.Status.ContainerStatuses[0].RestartCount == before {
+				return fmt.Errorf("it has started %d times, as before", before)
+			}
+			return nil
+		})
+		wentThrough(t, err)
+		restored(t)
+	})
+	survives("etcd", func(t *testing.T) { restart(t, "etcd", ns) })
+	survives("the API server", func(t *testing.T) { restart(t, "kube-apiserver", ns) })
+	survives("the controller manager", func(t *testing.T) { restart(t, "kube-controller-manager", ns) })
+	survives("containerd", func(t *testing.T) { restart(t, "containerd", ns) })
+	survives("the kubelet", func(t *testing.T) { restart(t, "kubelet", ns) })
+	survives("the agent", func(t *testing.T) { deleteGuardPods(t, "app.kubernetes.io/component=agent") })
+	survives("every replica of the webhook at once", func(t *testing.T) { deleteGuardPods(t, webhookPods) })
+	survives("a round of the garbage collector of addresses", func(t *testing.T) {
+		if err := cluster.AwaitCollection(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	})
+
+	leader(t)
+	release()
+	freed(t, pod, time.Minute, "SandboxReleased", "is no longer held: nothing of it is left on node node-1")
+	nothingHeld(t)
+}
+
+// deleteGuardPods deletes pods of the guard by force, which makes no call of the guard, and waits for those that come in
+// their place.
+func deleteGuardPods(t *testing.T, selector string) {
+	t.Helper()
+	pods := cluster.CoreV1().Pods(incident.GuardNamespace)
+	before, err := pods.List(t.Context(), metav1.ListOptions{LabelSelector: selector})
+	if err != nil || len(before.Items) == 0 {
+		t.Fatalf("%d pods have %s (%v)", len(before.Items), selector, err)
+	}
+	wentThrough(t, pods.DeleteCollection(t.Context(), forced, metav1.ListOptions{LabelSelector: selector}))
+	err = incident.Wait(t.Context(), time.Minute, "others in their place", func(ctx context.Context) error {
+		now, err := pods.List(ctx, metav1.ListOptions{LabelSelector: selector})
+		if err != nil || len(now.Items) != len(before.Items) {
+			return errors.Join(fmt.Errorf("there are %d", len(now.Items)), err)
+		}
+		for _, pod := range now.Items {
+			old := slices.ContainsFunc(before.Items, func(b corev1.Pod) bool { return b.UID == pod.UID })
+			if old || len(pod.Status.ContainerStatuses) == 0 || !pod.Status.ContainerStatuses[0].Ready {
+				return fmt.Errorf("pod %s: old %t, %+v", pod.Name, old, pod.Status.ContainerStatuses)
+			}
+		}
+		return nil
+	})
+	wentThrough(t, err)
+	restored(t)
+}
+
+// Not knowing is held as well, and explained; what is known later is written down later.
+func TestAPodWhoseNodeDoesNotAnswerIsHeld(t *testing.T) {
+	ns := moded(t, "hold")
+	resume := pause(t, "/eni-guard", "agent")
+	pod, release := heldUntilReleased(t, ns)
+	decided(t, pod, "hold delete held unknown NoAnswer")
+	because := func() string { return read(t, pod).Annotations["eni-guard.io/held-because"] }
+	if got := because(); !strings.HasPrefix(got, "cannot tell whether pod "+pod.Namespace+"/payment-0 is still alive on node node-1: the agent of node node-1 did not answer within 5s") {
+		t.Errorf("it is held because %q", got)
+	}
+	resume()
+	restored(t)
+	err := incident.Wait(t.Context(), time.Minute, "the reason to be brought up to date", func(context.Context) error {
+		if got := because(); !strings.Contains(got, "is still alive on node node-1") || !strings.Contains(got, "(dd)") {
+			return errors.New(got)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Error(err)
+	}
+	stillHeld(t, pod)
+	release()
+	freed(t, pod, time.Minute, "SandboxReleased", "is no longer held")
+}
+
+// The controller watches held pods by their label, which anybody may change who may change pods.
+func TestAHeldPodThatLosesItsLabelIsFreedAllTheSame(t *testing.T) {
+	t.Parallel()
+	pod, release := heldUntilReleased(t, moded(t, "hold"))
+	leader(t)
+	unlabel(t, pod)
+	labelled(t, pod)
+	inWebhookLog(t, `"msg":"a held pod had lost its label"`, string(pod.UID))
+	release()
+	freed(t, pod, time.Minute, "SandboxReleased", "is no longer held")
+}
+
+// Without the label nothing tells a replica that starts of the pod.
+func TestAHeldPodThatLosesItsLabelWhileThereIsNoWebhookIsFreedAllTheSame(t *testing.T) {
+	pod, release := heldUntilReleased(t, moded(t, "hold"))
+	t.Run("without a webhook", func(t *testing.T) {
+		withoutWebhook(t)
+		unlabel(t, pod)
+	})
+	labelled(t, pod)
+	release()
+	freed(t, pod, time.Minute, "SandboxReleased", "is no longer held")
+}
+
+func unlabel(t *testing.T, pod *corev1.Pod) {
+	t.Helper()
+	if got := read(t, pod).Labels["eni-guard.io/held"]; got != "true" {
+		t.Fatalf("the label was %q", got)
+	}
+	kubectl(t, pod.Namespace, "label", "pod", pod.Name, "eni-guard.io/held-")
+}
+
+func labelled(t *testing.T, pod *corev1.Pod) {
+	t.Helper()
+	// While an agent is waited for, which may take 20 s, the controller does nothing else about the pod.
+	err := incident.Wait(t.Context(), time.Minute, "the label to come back", func(context.Context) error {
+		if got := read(t, pod).Labels["eni-guard.io/held"]; got != "true" {
+			return fmt.Errorf("the label is %q", got)
+		}
+		return nil
+	})
+	wentThrough(t, err)
+}
+
+// Asking with dry run must not hold anything.
+func TestDryRunHoldsNothing(t *testing.T) {
+	t.Parallel()
+	pod := sleeper(t, moded(t, "hold"), "web-0", nil)
+	err := incident.Wait(t.Context(), 10*time.Second, "the answer to be that of the mode", func(ctx context.Context) error {
+		out, err := cluster.Kubectl(ctx, "-n", pod.Namespace, "delete", "pod", pod.Name, "--grace-period=0", "--force", "--dry-run=server")
+		if err != nil || !strings.Contains(out, "held until its node has let go of it: pod "+pod.Namespace+"/web-0 is still alive on node node-1") {
+			return fmt.Errorf("%w: %s", err, out)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Error(err)
+	}
+	kept(t, pod)
+	if now := read(t, pod); len(now.Finalizers) > 0 || now.Annotations["eni-guard.io/held-since"] != "" {
+		t.Errorf("the pod has changed: %v %v", now.Finalizers, now.Annotations)
+	}
+}
+
+// All webhooks are called at the same time. What the guard lets through and holds, another one may refuse: then nobody
+// deletes the pod, and the finalizer is in the way of whoever deletes it later.
+func TestAPodThatIsNotDeletedAfterAllIsGivenBack(t *testing.T) {
+	t.Parallel()
+	ns := moded(t, "hold")
+	pod := sleeper(t, ns, "web-0", nil)
+	other := "e2e-refuses-" + rand.String(5)
+	configuration := &admissionregistrationv1.ValidatingWebhookConfiguration{
+		ObjectMeta: metav1.ObjectMeta{Name: other},
+		Webhooks: []admissionregistrationv1.ValidatingWebhook{{
+			// Nothing listens there, and so every request that it is asked about fails.
+			Name: "refuses.example.com", ClientConfig: admissionregistrationv1.WebhookClientConfig{URL: new("https://127.0.0.1:1/")},
+			AdmissionReviewVersions: []string{"v1"}, SideEffects: new(admissionregistrationv1.SideEffectClassNone),
+			NamespaceSelector: &metav1.LabelSelector{MatchLabels: map[string]string{"kubernetes.io/metadata.name": ns}},
+			Rules: []admissionregistrationv1.RuleWithOperations{{
+				Operations: []admissionregistrationv1.OperationType{admissionregistrationv1.Delete},
+				Rule:       admissionregistrationv1.Rule{APIGroups: []string{""}, APIVersions: []string{"v1"}, Resources: []string{"pods"}},
+			}},
+		}},
+	}
+	configurations := cluster.AdmissionregistrationV1().ValidatingWebhookConfigurations()
+	if _, err := configurations.Create(t.Context(), configuration, metav1.CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := configurations.Delete(context.Background(), other, metav1.DeleteOptions{}); err != nil {
+			t.Error(err)
+		}
+	})
+	// The API server learns of the other webhook, and both it and the guard of the mode, a moment later; dry run changes nothing.
+	err := incident.Wait(t.Context(), 10*time.Second, "the other webhook alone to refuse", func(ctx context.Context) error {
+		err := cluster.CoreV1().Pods(ns).Delete(ctx, pod.Name, metav1.DeleteOptions{GracePeriodSeconds: forced.GracePeriodSeconds, DryRun: []string{metav1.DryRunAll}})
+		return onlyOther(err)
+	})
+	wentThrough(t, err)
+	wentThrough(t, onlyOther(forceDelete(t, pod)))
+	kept(t, pod)
+	now := read(t, pod)
+	if !held(now) || now.Status.Phase != corev1.PodRunning {
+		t.Fatalf("the pod was not held: finalizers %v, phase %s", now.Finalizers, now.Status.Phase)
+	}
+	// The guard cannot know that the request has failed, and waits for longer than any request takes. It goes by the time
+	// in the annotation, so the test need not wait as long.
+	leader(t)
+	past := time.Now().Add(-3 * time.Minute).UTC().Format(time.RFC3339)
+	kubectl(t, ns, "annotate", "--overwrite", "pod", pod.Name, "eni-guard.io/held-since="+past)
+	err = incident.Wait(t.Context(), 30*time.Second, "the pod to be given back", func(context.Context) error {
+		now := read(t, pod)
+		traces := []string{now.Labels["eni-guard.io/held"]}
+		for key, value := range now.Annotations {
+			if strings.HasPrefix(key, "eni-guard.io/") {
+				traces = append(traces, key+"="+value)
+			}
+		}
+		if len(now.Finalizers) > 0 || strings.Join(traces, "") != "" {
+			return fmt.Errorf("finalizers %v, %v", now.Finalizers, traces)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Error(err)
+	}
+	kept(t, pod)
+	inWebhookLog(t, `"msg":"no longer holds a pod that is not being deleted"`, string(pod.UID))
+}
+
+func onlyOther(err error) error {
+	switch {
+	case err == nil:
+		return errors.New("the delete was not refused")
+	case !strings.Contains(err.Error(), `failed calling webhook "refuses.example.com"`), strings.Contains(err.Error(), "force-delete.eni-guard.io"):
+		return fmt.Errorf("another refusal: %w", err)
+	}
+	return nil
+}
+
+// A reboot is how a node gets rid of a process that nothing can kill. Everything of the pod's sandbox goes without a word
+// to the runtime, which then starts, and the kubelet after it.
+func TestARebootOfTheNodeFreesAHeldPod(t *testing.T) {
+	ns := moded(t, "hold")
+	pod, release := heldUntilReleased(t, ns)
+	process, err := incident.AwaitStuck(t.Context(), pod, "D")
+	wentThrough(t, err)
+	netns, shim := namespaceFile(t, process.PID), shimOf(t, pod)
+
+	startKubelet := killDaemon(t, "kubelet")
+	startRuntime := killDaemon(t, "containerd")
+	release()
+	shim.kill(t)
+	err = incident.Wait(t.Context(), 30*time.Second, "the processes of the pod to end", func(context.Context) error {
+		var left []error
+		for _, p := range incident.Processes(pod) {
+			left = append(left, fmt.Errorf("%+v", p), syscall.Kill(p.PID, syscall.SIGKILL))
+		}
+		return errors.Join(left...)
+	})
+	wentThrough(t, err)
+	wentThrough(t, errors.Join(syscall.Unmount(netns, syscall.MNT_DETACH), os.Remove(netns)))
+	// The kernel has nothing left of it now. But the runtime cannot be asked, so that is not known for certain.
+	err = incident.Wait(t.Context(), time.Minute, "the guard to say that it cannot tell", func(context.Context) error {
+		if got := read(t, pod).Annotations["eni-guard.io/held-because"]; !strings.HasPrefix(got, "cannot tell") {
+			return errors.New(got)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Error(err)
+	}
+	stillHeld(t, pod)
+
+	startRuntime()
+	startKubelet()
+	freed(t, pod, 2*time.Minute, "SandboxReleased", "is no longer held: nothing of it is left on node node-1")
+	clusterWorks(t, ns, "after-reboot")
+}
+
+// namespaceFile finds the file that keeps the network namespace of a process open.
+func namespaceFile(t *testing.T, pid int) string {
+	t.Helper()
+	own, err := os.Stat(fmt.Sprintf("/proc/%d/ns/net", pid))
+	wentThrough(t, err)
+	files, err := filepath.Glob("/run/netns/*")
+	wentThrough(t, err)
+	for _, file := range files {
+		if info, err := os.Stat(file); err == nil && os.SameFile(own, info) {
+			return file
+		}
+	}
+	t.Fatalf("no file in /run/netns is the network namespace of process %d", pid)
+	return ""
+}
+
+// shimOf finds the process of the runtime that holds the sandbox of a pod: it is named by the sandbox's ID, and so is the
+// cgroup of the sandbox's process.
+func shimOf(t *testing.T, pod *corev1.Pod) hostProcess {
+	t.Helper()
+	var groups []byte
+	for _, p := range incident.Processes(pod) {
+		content, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", p.PID))
+		wentThrough(t, err)
+		groups = append(groups, content...)
+	}
+	shims := hostProcesses(t, func(args []string) bool {
+		i := slices.Index(args, "-id")
+		return i > 0 && i+1 < len(args) && strings.Contains(string(groups), "/pod"+string(pod.UID)+"/"+args[i+1]+"\n")
+	})
+	if len(shims) != 1 {
+		t.Fatalf("%d shims hold pod %s, not 1", len(shims), pod.Name)
+	}
+	return shims[0]
+}
+
+// A node that is lost can never let go of anything; somebody has to say so.
+func TestAHeldPodOfALostNodeIsFreed(t *testing.T) {
+	t.Parallel()
+	ns := moded(t, "hold")
+	for _, lost := range []struct {
+		name, reason, words string
+		lose                func(t *testing.T, node string)
+	}{
+		{"its Node object is deleted", "NodeGone", "is gone", func(t *testing.T, node string) {
+			if err := cluster.CoreV1().Nodes().Delete(t.Context(), node, metav1.DeleteOptions{}); err != nil {
+				t.Fatal(err)
+			}
+		}},
+		{"it is declared out of service", "NodeOutOfService", "is out of service", outOfService},
+	} {
+		t.Run(lost.name, func(t *testing.T) {
+			node := ghost(t, nil)
+			pod := haunt(t, ns, node)
+			// Nothing listens where its agent would.
+			err := incident.Wait(t.Context(), 10*time.Second, "the forced delete to go through", func(ctx context.Context) error {
+				return cluster.CoreV1().Pods(ns).Delete(ctx, pod.Name, forced)
+			})
+			wentThrough(t, err)
+			decided(t, pod, "hold delete held unknown NoAnswer")
+			if now := read(t, pod); !held(now) || now.DeletionTimestamp == nil {
+				t.Fatalf("the pod is not held: %v", now.ObjectMeta)
+			}
+			leader(t)
+			lost.lose(t, node)
+			freed(t, pod, time.Minute, lost.reason, "node "+node+" "+lost.words)
+		})
+	}
+}
+
+// ghost makes a Node object without a node behind it. It and the pods on it are removed at the end of the test.
+func ghost(t *testing.T, labels map[string]string) string {
+	t.Helper()
+	node := &corev1.Node{
+		ObjectMeta: metav1.ObjectMeta{Name: "ghost-" + rand.String(5), Labels: labels},
+		Spec:       corev1.NodeSpec{Unschedulable: true},
+		Status: corev1.NodeStatus{
+			// Where the webhook asks for an agent: in its own network namespace, where none listens.
+			Addresses:  []corev1.NodeAddress{{Type: corev1.NodeInternalIP, Address: "127.0.0.1"}},
+			Conditions: []corev1.NodeCondition{{Type: corev1.NodeReady, Status: corev1.ConditionFalse, Reason: "Ghost", LastHeartbeatTime: metav1.Now(), LastTransitionTime: metav1.Now()}},
+		},
+	}
+	if _, err := cluster.CoreV1().Nodes().Create(t.Context(), node, metav1.CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		ctx := context.Background()
+		if err := cluster.CoreV1().Nodes().Delete(ctx, node.Name, metav1.DeleteOptions{}); err != nil && !strings.Contains(err.Error(), "not found") {
+			t.Error(err)
+		}
+		err := incident.Wait(ctx, 30*time.Second, "the pods of node "+node.Name+" to be gone", func(ctx context.Context) error {
+			pods, err := cluster.CoreV1().Pods("").List(ctx, metav1.ListOptions{FieldSelector: "spec.nodeName=" + node.Name})
+			if err != nil {
+				return err
+			}
+			for _, pod := range pods.Items {
+				err = errors.Join(err, errors.New(pod.Name+" was there"), cluster.CoreV1().Pods(pod.Namespace).Delete(ctx, pod.Name, forced))
+			}
+			return err
+		})
+		if err != nil {
+			t.Error(err)
+		}
+	})
+	return node.Name
+}
+
+// haunt makes a pod that is bound to such a node.
+func haunt(t *testing.T, namespace, node string) *corev1.Pod {
+	t.Helper()
+	pod, err := cluster.CoreV1().Pods(namespace).Create(t.Context(), incident.Pod(namespace, "on-"+node, []string{"true"}, func(p *corev1.Pod) {
+		p.Spec.NodeName = node
+	}), metav1.CreateOptions{})
+	wentThrough(t, err)
+	return pod
+}
+
+// outOfService vouches, as people do, that a node is shut down.
+func outOfService(t *testing.T, node string) {
+	t.Helper()
+	kubectl(t, "", "taint", "node", node, "node.kubernetes.io/out-of-service=nodeshutdown:NoExecute")
+}

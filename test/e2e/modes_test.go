@@ -1,0 +1,426 @@
+package e2e
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	eventsv1 "k8s.io/api/events/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+
+	"github.com/eni-guard/eni-guard/test/e2e/incident"
+)
+
+// The API server itself leaves a namespace out whose mode is off.
+func TestANamespaceThatIsOffMakesNoCall(t *testing.T) {
+	quiet(t)
+	ns := namespace(t)
+	kubectl(t, ns, "label", "namespace", ns, "eni-guard.io/mode=off")
+	one, two := sleeper(t, ns, "web-0", nil), sleeper(t, ns, "web-1", nil)
+	before := webhookCalls(t)
+	wentThrough(t, forceDelete(t, one))
+	wentThrough(t, cluster.Gone(t.Context(), one))
+	wentThrough(t, byForcedEviction.take(t.Context(), cluster, two))
+	wentThrough(t, cluster.Gone(t.Context(), two))
+	if after := webhookCalls(t); after != before {
+		t.Errorf("%d calls", after-before)
+	}
+	removals, err := cluster.Removals(one)
+	if err != nil || len(removals) == 0 {
+		t.Errorf("the audit log holds %d removals (%v)", len(removals), err)
+	}
+	if all := records(t, one); len(all) != 0 {
+		t.Errorf("decided: %v", all)
+	}
+}
+
+// To see what the guard would refuse, before it does: the person, the audit log, the Events and the metrics are all told.
+func TestModeAuditLetsThroughAndTells(t *testing.T) {
+	quiet(t)
+	ns := moded(t, "audit")
+	pod := sleeper(t, ns, "web-0", nil)
+	const metric = `eni_guard_decisions_total{decision="audited",mode="audit",path="delete",verdict="bound"}`
+	before := metricSum(t, metric)
+	out := kubectl(t, ns, "delete", "pod", pod.Name, "--grace-period=0", "--force")
+	wentThrough(t, cluster.Gone(t.Context(), pod))
+	if !strings.Contains(out, "Warning: eni-guard would refuse this, but only records it: pod "+ns+"/web-0 is still alive on node node-1: ") {
+		t.Errorf("kubectl prints:\n%s", out)
+	}
+	if evidence := decided(t, pod, "audit delete audited bound SandboxBound").fields["evidence"]; !strings.Contains(evidence, pod.Status.PodIP) {
+		t.Errorf("the evidence is %q", evidence)
+	}
+	oneEvent(t, pod, "ForcedRemovalAudited", corev1.EventTypeWarning)
+	if n := metricSum(t, metric) - before; n != 1 {
+		t.Errorf("%s grew by %v", metric, n)
+	}
+}
+
+// The command goes through, as its author wants; the object stays, as everybody else needs.
+func TestAHeldStuckPodSaysWhyAndGoesWhenItIsReleased(t *testing.T) {
+	ns := moded(t, "hold")
+	stuck := stuckFS(t, ns)
+	pod := start(t, stuck.StuckPod(ns, "web-0"))
+	if _, err := incident.AwaitStuck(t.Context(), pod, "S"); err != nil {
+		t.Fatal(err)
+	}
+	out := kubectl(t, ns, "delete", "pod", pod.Name, "--grace-period=0", "--force", "--wait=false")
+	if !strings.Contains(out, "Warning: held until its node has let go of it: pod "+ns+"/web-0 is still alive on node node-1: ") {
+		t.Errorf("kubectl prints:\n%s", out)
+	}
+	process := inStateD(t, pod)
+	decided(t, pod, "hold delete held bound SandboxBound")
+	// At first something else was found of it; what describe says is brought up to date.
+	for _, part := range []string{
+		"eni-guard.io/held-because:", "eni-guard.io/held-since:", fmt.Sprintf("process %d (dd) is in state D", process.PID), "ForcedRemovalHeld", pod.Status.PodIP,
+	} {
+		err := incident.Wait(t.Context(), 40*time.Second, "kubectl describe to say "+part, func(ctx context.Context) error {
+			out, err := cluster.Kubectl(ctx, "-n", ns, "describe", "pod", pod.Name)
+			if err == nil && !strings.Contains(out, part) {
+				err = errors.New(out)
+			}
+			return err
+		})
+		wentThrough(t, err)
+	}
+	// The CNI's garbage collector goes by the objects in the API server.
+	wentThrough(t, cluster.AwaitCollection(t.Context()))
+	isHeld(t, pod)
+	onTheNode(t, pod, process)
+	addresses, err := cluster.Addresses(t.Context())
+	if err != nil || addresses.Of(ns, pod.Name) != pod.Status.PodIP {
+		t.Errorf("address %q is recorded for the held pod (%v)", addresses.Of(ns, pod.Name), err)
+	}
+	wentThrough(t, stuck.Release())
+	wentThrough(t, cluster.AwaitGone(t.Context(), pod))
+	wentThrough(t, incident.Wait(t.Context(), 10*time.Second, "the Event HoldReleased", func(context.Context) error {
+		for _, event := range events(t, ns, pod.UID) {
+			if event.Reason == "HoldReleased" && event.Type == corev1.EventTypeNormal && strings.Contains(event.Note, "nothing of it is left on node node-1") {
+				return nil
+			}
+		}
+		return errors.New("there is none")
+	}))
+}
+
+// A slip of the pen must not open a namespace; and its author is told.
+func TestAModeThatIsNoneLeavesTheDefaultInForce(t *testing.T) {
+	ns := namespace(t)
+	kubectl(t, ns, "label", "namespace", ns, "eni-guard.io/mode=denny")
+	uid := types.UID(kubectl(t, ns, "get", "namespace", ns, "-o", "jsonpath={.metadata.uid}"))
+	pod := sleeper(t, ns, "web-0", nil)
+	refused(t, forceDelete(t, pod), "is still alive")
+	decided(t, pod, "deny delete denied bound SandboxBound")
+	wentThrough(t, incident.Wait(t.Context(), 30*time.Second, "an Event about the namespace", func(context.Context) error {
+		found := events(t, "default", uid)
+		if len(found) != 1 || found[0].Reason != "InvalidMode" || found[0].Regarding.Kind != "Namespace" || !strings.Contains(found[0].Note, `"denny" is not a mode: use deny, hold, audit or off`) {
+			return fmt.Errorf("there are %d: %v", len(found), found)
+		}
+		return nil
+	}))
+	lines := 0
+	for _, line := range webhookLog(t) {
+		if line.Msg == "a namespace has a label that is no mode" && line.Namespace == ns && line.Value == "denny" {
+			lines++
+		}
+	}
+	// Only the leader looks after namespaces.
+	if lines != 1 {
+		t.Errorf("%d lines of the log say so", lines)
+	}
+}
+
+// There and back, while the pod runs. Each time the new mode counts from the moment its label is there, give or take the
+// moment in which the replicas learn of it.
+func TestAModeThatChangesTakesEffect(t *testing.T) {
+	ns := namespace(t)
+	pod := sleeper(t, ns, "web-0", nil)
+	dryRun := metav1.DeleteOptions{GracePeriodSeconds: forced.GracePeriodSeconds, DryRun: []string{metav1.DryRunAll}}
+	for _, mode := range []string{"audit", "deny", "hold", "audit", "off", "", "hold", "denny", "deny"} {
+		if mode == "" {
+			kubectl(t, ns, "label", "namespace", ns, "eni-guard.io/mode-")
+		} else {
+			kubectl(t, ns, "label", "namespace", ns, "eni-guard.io/mode="+mode, "--overwrite")
+		}
+		want := map[string]string{
+			"audit": "audit audited", "deny": "deny denied", "hold": "hold held", "": "deny denied", "denny": "deny denied", "off": "off",
+		}[mode]
+		err := incident.Wait(t.Context(), 20*time.Second, fmt.Sprintf("the mode %q to take effect", mode), func(ctx context.Context) error {
+			count := len(records(t, pod))
+			err := cluster.CoreV1().Pods(ns).Delete(ctx, pod.Name, dryRun)
+			all := records(t, pod)
+			got := "off"
+			if len(all) > count {
+				fields := all[len(all)-1].fields
+				got = fields["mode"] + " " + fields["decision"]
+			}
+			if got != want || (err != nil) != strings.HasSuffix(want, "denied") {
+				return fmt.Errorf("the answer is %q, %w", got, err)
+			}
+			return nil
+		})
+		wentThrough(t, err)
+		asItWas(t, pod)
+	}
+}
+
+// The API server asks at least twice about a removal that goes through. Whoever counts must not.
+func TestOneRemovalIsOneDecision(t *testing.T) {
+	quiet(t)
+	for _, c := range []struct {
+		name, mode string
+		// take takes the pod away, by DELETE.
+		take           func(t *testing.T, ns string) *corev1.Pod
+		decided, event string
+	}{
+		{"released", "deny", func(t *testing.T, ns string) *corev1.Pod {
+			pod := start(t, incident.Pod(ns, "job-1", []string{"true"}, func(p *corev1.Pod) { p.Spec.RestartPolicy = corev1.RestartPolicyNever }))
+			wentThrough(t, cluster.AwaitFinished(t.Context(), pod))
+			wentThrough(t, incident.Wait(t.Context(), time.Minute, "nothing of the pod to be left on its node", func(ctx context.Context) error {
+				return cluster.CoreV1().Pods(ns).Delete(ctx, pod.Name, metav1.DeleteOptions{DryRun: []string{metav1.DryRunAll}})
+			}))
+			wentThrough(t, forceDelete(t, pod))
+			return pod
+		}, "deny delete allowed released SandboxReleased", "ForcedRemovalAllowed"},
+		{"audited", "audit", func(t *testing.T, ns string) *corev1.Pod {
+			pod := sleeper(t, ns, "web-0", nil)
+			wentThrough(t, forceDelete(t, pod))
+			return pod
+		}, "audit delete audited bound SandboxBound", "ForcedRemovalAudited"},
+		{"held", "hold", func(t *testing.T, ns string) *corev1.Pod {
+			pod := sleeper(t, ns, "web-0", nil)
+			wentThrough(t, forceDelete(t, pod))
+			return pod
+		}, "hold delete held bound SandboxBound", "ForcedRemovalHeld"},
+		{"overridden", "deny", func(t *testing.T, ns string) *corev1.Pod {
+			pod := sleeper(t, ns, "web-0", nil)
+			annotate(t, pod, overrideAnnotation, "the node is powered off")
+			wentThrough(t, forceDelete(t, pod))
+			return pod
+		}, "deny delete overridden bound Override", "ForcedRemovalOverridden"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			ns := moded(t, c.mode)
+			before := webhookCalls(t)
+			pod := c.take(t, ns)
+			if calls := webhookCalls(t) - before; calls < 2 {
+				t.Errorf("%d calls: this test is about removals that make several", calls)
+			}
+			decided(t, pod, c.decided)
+			// Those of the dry runs, which ask whether the time has come, have no Event.
+			count := 0
+			for _, line := range logged(t, pod) {
+				if !line.DryRun {
+					count++
+				}
+			}
+			if count != 1 {
+				t.Errorf("%d lines of the log about one removal", count)
+			}
+			count = 0
+			for _, record := range records(t, pod) {
+				if record.fields["decision"] == strings.Fields(c.decided)[2] && record.ResponseStatus.Code == 200 && len(record.RequestObject.DryRun) == 0 {
+					count++
+				}
+			}
+			if count != 1 {
+				t.Errorf("%d records in the audit log about one removal", count)
+			}
+			kind := corev1.EventTypeWarning
+			if c.name == "released" {
+				kind = corev1.EventTypeNormal
+			}
+			oneEvent(t, pod, c.event, kind)
+		})
+	}
+}
+
+// A namespace full of pods taken away in one request is one audit event, which has every single decision.
+func TestACollectionDeleteOfAHundredPodsIsRecordedOneByOne(t *testing.T) {
+	const count = 100
+	quiet(t)
+	ns := moded(t, "audit")
+	for i := range count {
+		// Killed at once after the delete, and started in bulk: this is about the records.
+		pod := incident.Pod(ns, fmt.Sprintf("web-%03d", i), []string{"sleep", "86400"}, nil)
+		if _, err := cluster.CoreV1().Pods(ns).Create(t.Context(), pod, metav1.CreateOptions{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var pods []corev1.Pod
+	wentThrough(t, incident.Wait(t.Context(), 3*time.Minute, "the pods to run", func(ctx context.Context) error {
+		list, err := cluster.CoreV1().Pods(ns).List(ctx, metav1.ListOptions{FieldSelector: "status.phase=Running"})
+		if err != nil {
+			return err
+		}
+		if pods = list.Items; len(pods) != count {
+			return fmt.Errorf("%d do", len(pods))
+		}
+		return nil
+	}))
+	wentThrough(t, cluster.CoreV1().Pods(ns).DeleteCollection(t.Context(), forced, metav1.ListOptions{}))
+	if left, err := cluster.CoreV1().Pods(ns).List(t.Context(), metav1.ListOptions{}); err != nil || len(left.Items) != 0 {
+		t.Errorf("%d pods are left (%v)", len(left.Items), err)
+	}
+
+	audited, err := cluster.AuditEvents(func(e incident.AuditEvent) bool { return e.Verb == "deletecollection" && e.ObjectRef.Namespace == ns })
+	if err != nil || len(audited) != 1 {
+		t.Fatalf("%d collection deletes in the audit log (%v), want 1", len(audited), err)
+	}
+	for _, pod := range pods {
+		fields := fieldsOf(t, audited[0], pod.UID)
+		got := strings.Join([]string{fields["decision"], fields["verdict"], fields["mode"], fields["path"], fields["pod"], fields["pod-ips"]}, " ")
+		if want := "audited bound audit collection " + ns + "/" + pod.Name + " " + pod.Status.PodIP; got != want {
+			t.Errorf("the record of pod %s: %q, not %q", pod.Name, got, want)
+		}
+		// The whole of it, to its last word.
+		if evidence := fields["evidence"]; !strings.Contains(evidence, "container app ") || strings.Contains(evidence, "…") || !strings.Contains(evidence, pod.Status.PodIP) {
+			t.Errorf("the evidence about pod %s: %q", pod.Name, evidence)
+		}
+	}
+	lines := map[string]int{}
+	for _, line := range webhookLog(t) {
+		if line.Msg == "decision" && line.Namespace == ns {
+			lines[line.PodUID]++
+		}
+	}
+	wentThrough(t, incident.Wait(t.Context(), 30*time.Second, "the Events about the pods", func(context.Context) error {
+		all := 0
+		for _, event := range events(t, ns, "") {
+			if event.ReportingController == "eni-guard" && event.Reason == "ForcedRemovalAudited" && event.Action == "collection" {
+				all++
+			}
+		}
+		if all != count {
+			return fmt.Errorf("there are %d", all)
+		}
+		return nil
+	}))
+	for _, pod := range pods {
+		if lines[string(pod.UID)] != 1 {
+			t.Errorf("%d lines of the log about pod %s", lines[string(pod.UID)], pod.Name)
+		}
+		oneEvent(t, &pod, "ForcedRemovalAudited", corev1.EventTypeWarning)
+	}
+}
+
+// logLine is what the tests read of a line of the webhook's log.
+type logLine struct {
+	Msg, Decision, Path, Namespace, Value, PodUID, Level string
+	DryRun                                               bool
+}
+
+// webhookLog reads the logs of all replicas.
+func webhookLog(t *testing.T) []logLine {
+	t.Helper()
+	out := kubectl(t, incident.GuardNamespace, "logs", "-l", "app.kubernetes.io/component=webhook", "--tail=-1")
+	var lines []logLine
+	for text := range strings.Lines(out) {
+		var line logLine
+		if err := json.Unmarshal([]byte(text), &line); err != nil {
+			t.Fatalf("a line of the log is not JSON: %v\n%s", err, text)
+		}
+		lines = append(lines, line)
+	}
+	return lines
+}
+
+// logged returns the lines of the log about decisions about a pod.
+func logged(t *testing.T, pod *corev1.Pod) []logLine {
+	t.Helper()
+	var found []logLine
+	for _, line := range webhookLog(t) {
+		if line.Msg == "decision" && line.PodUID == string(pod.UID) {
+			found = append(found, line)
+		}
+	}
+	return found
+}
+
+// events returns the Events in a namespace about an object; about any if uid is empty.
+func events(t *testing.T, ns string, uid types.UID) []eventsv1.Event {
+	t.Helper()
+	list, err := cluster.EventsV1().Events(ns).List(t.Context(), metav1.ListOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var found []eventsv1.Event
+	for _, event := range list.Items {
+		if uid == "" || event.Regarding.UID == uid {
+			found = append(found, event)
+		}
+	}
+	return found
+}
+
+// removalEvents waits for the guard's Events about the removal of a pod.
+func removalEvents(t *testing.T, pod *corev1.Pod) []eventsv1.Event {
+	t.Helper()
+	var found []eventsv1.Event
+	wentThrough(t, incident.Wait(t.Context(), 30*time.Second, "an Event about pod "+pod.Name, func(context.Context) error {
+		found = nil
+		for _, event := range events(t, pod.Namespace, pod.UID) {
+			if event.ReportingController == "eni-guard" && strings.HasPrefix(event.Reason, "ForcedRemoval") {
+				found = append(found, event)
+			}
+		}
+		if len(found) == 0 {
+			return errors.New("there is none")
+		}
+		return nil
+	}))
+	return found
+}
+
+// oneEvent fails the test unless there is one Event about the removal of a pod, and it is this one, once.
+func oneEvent(t *testing.T, pod *corev1.Pod, reason, kind string) eventsv1.Event {
+	t.Helper()
+	found := removalEvents(t, pod)
+	if len(found) != 1 || found[0].Series != nil || found[0].Reason != reason || found[0].Type != kind {
+		t.Errorf("Events about pod %s: %v", pod.Name, found)
+	}
+	return found[0]
+}
+
+// metricSum adds up a metric, named as the exposition has it, labels in order, over the replicas of the webhook.
+func metricSum(t *testing.T, metric string) float64 {
+	t.Helper()
+	replicas, err := cluster.CoreV1().Pods(incident.GuardNamespace).List(t.Context(), metav1.ListOptions{LabelSelector: "app.kubernetes.io/component=webhook"})
+	if err != nil || len(replicas.Items) == 0 {
+		t.Fatalf("%d replicas (%v)", len(replicas.Items), err)
+	}
+	sum := 0.0
+	for _, replica := range replicas.Items {
+		request, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+net.JoinHostPort(replica.Status.PodIP, "8080")+"/metrics", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		response, err := http.DefaultClient.Do(request)
+		if err != nil {
+			t.Fatal(err)
+		}
+		lines := bufio.NewScanner(response.Body)
+		for lines.Scan() {
+			if text, ok := strings.CutPrefix(lines.Text(), metric+" "); ok {
+				value, err := strconv.ParseFloat(text, 64)
+				if err != nil {
+					t.Error(err)
+				}
+				sum += value
+			}
+		}
+		if err := errors.Join(lines.Err(), response.Body.Close()); err != nil {
+			t.Error(err)
+		}
+	}
+	return sum
+}

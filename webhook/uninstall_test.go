@@ -1,0 +1,111 @@
+package webhook
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"strings"
+	"testing"
+
+	admissionregistrationv1 "k8s.io/api/admissionregistration/v1"
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/client/fake"
+	"sigs.k8s.io/controller-runtime/pkg/client/interceptor"
+)
+
+// heldPod is a pod that the guard holds. Somebody else may have a finalizer on it too.
+func heldPod(name string, others ...string) *corev1.Pod {
+	deleted := metav1.Now()
+	return &corev1.Pod{ObjectMeta: metav1.ObjectMeta{
+		Namespace: "shop", Name: name, UID: types.UID("uid-" + name),
+		DeletionTimestamp: &deleted, DeletionGracePeriodSeconds: new(int64(0)),
+		Finalizers:  append(others, Finalizer),
+		Labels:      map[string]string{HeldLabel: "true", "app": "shop"},
+		Annotations: map[string]string{HeldSinceAnnotation: "2026-01-02T03:04:05Z", HeldBecauseAnnotation: "pod shop/" + name + " is still alive.", HeldAddressesAnnotation: "10.0.0.7", "note": "mine"},
+	}, Spec: corev1.PodSpec{NodeName: "node-1"}}
+}
+
+func configuration(name string) *admissionregistrationv1.ValidatingWebhookConfiguration {
+	return &admissionregistrationv1.ValidatingWebhookConfiguration{ObjectMeta: metav1.ObjectMeta{Name: name}}
+}
+
+func TestFreeAllHeld(t *testing.T) {
+	free := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "free", Finalizers: []string{"example.com/other"}}}
+	api := fake.NewClientBuilder().WithObjects(heldPod("a"), heldPod("b", "example.com/other"), free,
+		configuration("eni-guard"), configuration("eni-guard-failing-open"), configuration("others")).Build()
+	var out strings.Builder
+	if err := freeAllHeld(t.Context(), api, &out, []string{"eni-guard", "eni-guard-failing-open", "never-was"}); err != nil {
+		t.Fatal(err)
+	}
+	want := "freed pod shop/a, which was held since 2026-01-02T03:04:05Z: pod shop/a is still alive.\n" +
+		"freed pod shop/b, which was held since 2026-01-02T03:04:05Z: pod shop/b is still alive.\n" +
+		"2 held pods were freed, none is left\n"
+	if out.String() != want {
+		t.Errorf("it prints:\n%s", out.String())
+	}
+	if err := api.Get(t.Context(), client.ObjectKey{Namespace: "shop", Name: "a"}, &corev1.Pod{}); !apierrors.IsNotFound(err) {
+		t.Errorf("pod a is still there: %v", err)
+	}
+	// What the guard has not put there stays.
+	var b corev1.Pod
+	if err := api.Get(t.Context(), client.ObjectKey{Namespace: "shop", Name: "b"}, &b); err != nil {
+		t.Fatal(err)
+	}
+	if !slices.Equal(b.Finalizers, []string{"example.com/other"}) || len(b.Labels) != 1 || len(b.Annotations) != 1 {
+		t.Errorf("pod b has finalizers %v, labels %v, annotations %v", b.Finalizers, b.Labels, b.Annotations)
+	}
+	var left admissionregistrationv1.ValidatingWebhookConfigurationList
+	if err := api.List(t.Context(), &left); err != nil || len(left.Items) != 1 || left.Items[0].Name != "others" {
+		t.Errorf("configurations %v (%v)", left.Items, err)
+	}
+}
+
+// Until the configurations are gone, the webhook goes on holding pods.
+func TestFreeAllHeldFreesPodsThatWereHeldInBetween(t *testing.T) {
+	api := interceptor.NewClient(fake.NewClientBuilder().WithObjects(heldPod("a"), configuration("eni-guard")).Build(), interceptor.Funcs{
+		Delete: func(ctx context.Context, c client.WithWatch, object client.Object, options ...client.DeleteOption) error {
+			late := heldPod("late")
+			late.DeletionTimestamp, late.DeletionGracePeriodSeconds = nil, nil // it is about to be marked
+			return errors.Join(c.Create(ctx, late), c.Delete(ctx, object, options...))
+		},
+	})
+	var out strings.Builder
+	if err := freeAllHeld(t.Context(), api, &out, []string{"eni-guard"}); err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(out.String(), "freed pod shop/late") || !strings.HasSuffix(out.String(), "\n2 held pods were freed, none is left\n") {
+		t.Errorf("it prints:\n%s", out.String())
+	}
+}
+
+// The guard stays as long as there is a pod that nothing else would free.
+func TestFreeAllHeldNamesWhatIsLeft(t *testing.T) {
+	api := interceptor.NewClient(fake.NewClientBuilder().WithObjects(heldPod("a"), heldPod("b", "example.com/other"), heldPod("c"), configuration("eni-guard")).Build(), interceptor.Funcs{
+		Patch: func(ctx context.Context, c client.WithWatch, object client.Object, patch client.Patch, options ...client.PatchOption) error {
+			if object.GetName() != "c" {
+				return errors.New("somebody refuses")
+			}
+			return c.Patch(ctx, object, patch, options...)
+		},
+	})
+	var out strings.Builder
+	err := freeAllHeld(t.Context(), api, &out, []string{"eni-guard"})
+	if err == nil {
+		t.Fatal("no error")
+	}
+	want := `pod shop/a is still held: changing pod shop/a: somebody refuses; to free it: kubectl annotate pod a -n shop --overwrite eni-guard.io/allow-force-delete='the guard is uninstalled' && kubectl patch pod a -n shop --type=json -p='[{op: test, path: /metadata/finalizers/0, value: eni-guard.io/sandbox-in-use}, {op: remove, path: /metadata/finalizers/0}]'
+pod shop/b is still held: changing pod shop/b: somebody refuses; to free it: kubectl annotate pod b -n shop --overwrite eni-guard.io/allow-force-delete='the guard is uninstalled' && kubectl patch pod b -n shop --type=json -p='[{op: test, path: /metadata/finalizers/1, value: eni-guard.io/sandbox-in-use}, {op: remove, path: /metadata/finalizers/1}]'`
+	if err.Error() != want {
+		t.Errorf("the error is:\n%v", err)
+	}
+	if !strings.Contains(out.String(), "freed pod shop/c") || strings.Contains(out.String(), "none is left") {
+		t.Errorf("it prints:\n%s", out.String())
+	}
+	if err := api.Get(t.Context(), client.ObjectKey{Name: "eni-guard"}, configuration("")); err != nil {
+		t.Errorf("the webhook configuration: %v", err)
+	}
+}
