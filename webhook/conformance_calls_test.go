@@ -174,7 +174,7 @@ func (s *apiServer) testUpdates(t *testing.T) {
 	for _, update := range updates {
 		for _, subresource := range []string{"", "status", "ephemeralcontainers"} {
 			for _, by := range []user{alice, guardAccount, ownKubelet} {
-				for _, mark := range []func(*corev1.Pod){unmarked, terminating(new(int64(30))), terminating(new(int64(0))), terminating(nil)} {
+				for _, mark := range []func(*corev1.Pod){markedNever, terminating(new(int64(30))), terminating(new(int64(0))), terminating(nil)} {
 					for _, reached := range []corev1.PodPhase{corev1.PodRunning, corev1.PodSucceeded} {
 						for _, finalizers := range [][]string{{Finalizer}, {Finalizer, "example.com/kept"}} {
 							for _, label := range []string{"", "true"} {

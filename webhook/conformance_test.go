@@ -172,7 +172,7 @@ func seconds(grace *int64) string {
 // states are those that a pod can be in, each as the change that brings a running pod there.
 func states() []func(*corev1.Pod) {
 	phases := []corev1.PodPhase{corev1.PodPending, corev1.PodRunning, corev1.PodSucceeded, corev1.PodFailed, corev1.PodUnknown}
-	marks := []func(*corev1.Pod){unmarked, terminating(new(int64(30))), terminating(new(int64(0))), terminating(nil)}
+	marks := []func(*corev1.Pod){markedNever, terminating(new(int64(30))), terminating(new(int64(0))), terminating(nil)}
 	var all []func(*corev1.Pod)
 	for _, own := range []int64{0, 1, 30} {
 		for _, reached := range phases {
@@ -192,7 +192,7 @@ func states() []func(*corev1.Pod) {
 	return all
 }
 
-func unmarked(*corev1.Pod) {}
+func markedNever(*corev1.Pod) {}
 
 // combinations are all there are.
 func combinations() []*combination {
