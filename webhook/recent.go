@@ -12,9 +12,11 @@ import (
 const repeatWindow = 2 * time.Second
 
 // recentDecisions remembers what was let through. One removal is several calls: the API server asks before it marks the
-// object, before it removes it, and again whenever the object has changed in between. All of them get one decision, so
-// that the later ones do not contradict the first, which is the only one that can protect. A refusal ends the request,
-// so the next call about the pod is a new removal and is judged anew. The zero value is ready to use.
+// object, before it removes it, and again whenever the object has changed in between. Before it removes the object it may ask
+// about the very state that it has asked about before it marked it, because its cache does not have the mark yet. All of them
+// get one decision, so that the later ones do not contradict the first, which is the only one that can protect. A refusal ends
+// the request, so the next call about the pod is a new removal and is judged anew; so is one after an override has been put on
+// the pod, changed or taken away, which the API server never does by itself. The zero value is ready to use.
 type recentDecisions struct {
 	mu      sync.Mutex
 	entries map[removalKey]recentDecision
@@ -23,34 +25,36 @@ type recentDecisions struct {
 
 // removalKey tells removals apart. The request's UID cannot: every call has one of its own.
 type removalKey struct {
-	pod    types.UID
-	path   Path
-	user   string
-	dryRun bool
+	pod           types.UID
+	path          Path
+	user          string
+	reason, until string
 }
 
 type recentDecision struct {
 	decision
-	resourceVersion string
-	until           time.Time
+	until time.Time
 }
 
-func keyOf(r *removal) removalKey { return removalKey{r.pod.UID, r.path, r.user.Username, r.dryRun} }
+func keyOf(r *removal) removalKey {
+	return removalKey{r.pod.UID, r.path, r.user.Username, r.pod.Annotations[OverrideAnnotation], r.pod.Annotations[OverrideUntilAnnotation]}
+}
 
-// get returns the decision about the removal that this call belongs to, if there was a call before it. A call about the
-// very same state of a pod that is not marked is no repetition, but somebody who tries again.
+// get returns the decision about the removal that this call belongs to, if there was a call before it.
 func (m *recentDecisions) get(r *removal, now time.Time) (decision, bool) {
+	if r.dryRun {
+		return decision{}, false
+	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	entry, ok := m.entries[keyOf(r)]
-	again := r.pod.DeletionTimestamp == nil && r.pod.ResourceVersion == entry.resourceVersion
-	return entry.decision, ok && now.Before(entry.until) && !again
+	return entry.decision, ok && now.Before(entry.until)
 }
 
-// put remembers a decision. An eviction is one call, whatever follows, and what is no removal says nothing about the
-// next request.
+// put remembers a decision. An eviction is one call, whatever follows; and what is no removal, or only asks, says nothing about
+// the next request.
 func (m *recentDecisions) put(r *removal, d decision, now time.Time) {
-	if !d.outcome.allows() || d.reason == ReasonNotForced || r.path == PathEviction {
+	if !d.outcome.allows() || d.reason == ReasonNotForced || r.path == PathEviction || r.dryRun {
 		return
 	}
 	m.mu.Lock()
@@ -64,5 +68,5 @@ func (m *recentDecisions) put(r *removal, d decision, now time.Time) {
 		}
 		m.entries, m.sweep = kept, now.Add(repeatWindow)
 	}
-	m.entries[keyOf(r)] = recentDecision{d, r.pod.ResourceVersion, now.Add(repeatWindow)}
+	m.entries[keyOf(r)] = recentDecision{d, now.Add(repeatWindow)}
 }

@@ -386,7 +386,7 @@ func oneEvent(t *testing.T, pod *corev1.Pod, reason, kind string) eventsv1.Event
 	t.Helper()
 	found := removalEvents(t, pod)
 	if len(found) != 1 || found[0].Series != nil || found[0].Reason != reason || found[0].Type != kind {
-		t.Errorf("Events about pod %s: %v", pod.Name, found)
+		t.Errorf("%d Events about pod %s, the first %s %s %q, repeated: %v", len(found), pod.Name, found[0].Type, found[0].Reason, found[0].Note, found[0].Series)
 	}
 	return found[0]
 }

@@ -1,0 +1,57 @@
+package webhook
+
+import (
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+)
+
+// The calls of one removal, as a real API server makes them, and what is none of them.
+func TestCallsOfOneRemovalGetOneDecision(t *testing.T) {
+	first := func() *removal {
+		r := &removal{path: PathDelete, pod: &corev1.Pod{}}
+		r.user.Username = "jane"
+		r.pod.UID, r.pod.ResourceVersion = "u", "1"
+		return r
+	}
+	for _, test := range []struct {
+		name    string
+		outcome Outcome
+		next    func(*removal)
+		after   time.Duration
+		want    bool
+	}{
+		{"the marked object", Audited, func(r *removal) { r.pod.DeletionTimestamp, r.pod.ResourceVersion = &metav1.Time{}, "2" }, 0, true},
+		{"the object before the mark, from a cache", Audited, func(*removal) {}, 0, true},
+		{"an object that has changed in between", Held, func(r *removal) { r.pod.ResourceVersion = "2" }, 0, true},
+		{"later", Audited, func(*removal) {}, repeatWindow, false},
+		{"after a refusal", Denied, func(*removal) {}, 0, false},
+		{"somebody else", Audited, func(r *removal) { r.user.Username = "joe" }, 0, false},
+		{"another way in", Audited, func(r *removal) { r.path = PathCollection }, 0, false},
+		{"another pod of the name", Audited, func(r *removal) { r.pod.UID = "v" }, 0, false},
+		{"a question", Audited, func(r *removal) { r.dryRun = true }, 0, false},
+		{"after an override was put on it", Held, func(r *removal) { r.pod.Annotations = map[string]string{OverrideAnnotation: "x"} }, 0, false},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			var m recentDecisions
+			m.put(first(), decision{outcome: test.outcome}, testTime)
+			next := first()
+			test.next(next)
+			d, got := m.get(next, testTime.Add(test.after))
+			if got != test.want || got && d.outcome != test.outcome {
+				t.Errorf("the same removal: %v, decision %q", got, d.outcome)
+			}
+		})
+	}
+	t.Run("a question before it", func(t *testing.T) {
+		var m recentDecisions
+		asked := first()
+		asked.dryRun = true
+		m.put(asked, decision{outcome: Audited}, testTime)
+		if _, got := m.get(first(), testTime); got {
+			t.Error("the answer to a question counts for a removal")
+		}
+	})
+}
