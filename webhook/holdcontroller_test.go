@@ -104,6 +104,23 @@ func noAnswer(context.Context, string, sandbox.Query) (sandbox.Report, error) {
 	return sandbox.Report{}, errors.New("does not run")
 }
 
+// An agent that has made its caller wait is asked again at once; one that has not, because it is an old one, is not asked
+// without end.
+func TestAnAgentIsNotAskedWithoutAPause(t *testing.T) {
+	for took, again := range map[time.Duration]time.Duration{0: holdRetry, time.Second: holdRetry - time.Second, holdWait: time.Millisecond} {
+		now := testTime
+		pod := heldOnNodeA()
+		h := newHoldTest(func(context.Context, string, sandbox.Query) (sandbox.Report, error) {
+			now = now.Add(took)
+			return allProbes(open), nil
+		}, nil, pod, nodeA())
+		h.Guard.now = func() time.Time { return now }
+		if result, err := h.reconcile(t, pod); err != nil || result.RequeueAfter != again {
+			t.Errorf("an answer after %s: again after %s (%v), want %s", took, result.RequeueAfter, err, again)
+		}
+	}
+}
+
 func TestReconcileAHeldPod(t *testing.T) {
 	alive := sandbox.Finding{Kind: sandbox.SandboxReady, Sandbox: "0123456789abcdef"}
 	terminated := func(pod *corev1.Pod) {
@@ -124,13 +141,13 @@ func TestReconcileAHeldPod(t *testing.T) {
 		again          time.Duration
 	}{
 		"released":                {finds(), heldOnNodeA(), nodeA(), "gone", "", "nothing of it is left on node node-a", 0},
-		"bound":                   {finds(alive), heldOnNodeA(), nodeA(), "held", "pod shop/web-0 is still alive on node node-a: ", "", time.Millisecond},
+		"bound":                   {finds(alive), heldOnNodeA(), nodeA(), "held", "pod shop/web-0 is still alive on node node-a: ", "", holdRetry},
 		"no answer":               {noAnswer, heldOnNodeA(), nodeA(), "held", "cannot tell whether pod shop/web-0 is still alive on node node-a: the agent of node node-a does not run", "", holdRetry},
 		"no answer, and finished": {noAnswer, heldOnNodeA(terminated), nodeA(), "gone", "", "its kubelet has reported every container terminated", 0},
 		"the node is gone":        {neverAsked, heldOnNodeA(), nil, "gone", "", "node node-a is gone", 0},
 		"the node is lost":        {noAnswer, heldOnNodeA(), nodeA(lost), "gone", "", "node node-a is out of service", 0},
 		// Somebody who vouches for a node does not know better than the node itself.
-		"bound, the node called lost": {finds(alive), heldOnNodeA(), nodeA(lost), "held", "pod shop/web-0 is still alive on node node-a: ", "", time.Millisecond},
+		"bound, the node called lost": {finds(alive), heldOnNodeA(), nodeA(lost), "held", "pod shop/web-0 is still alive on node node-a: ", "", holdRetry},
 		"not deleted, just held":      {neverAsked, heldOnNodeA(unmarked("2026-11-24T02:59:30Z")), nodeA(), "held", "pod shop/web-0 is still alive.", "", 90 * time.Second},
 		"not deleted, held for long":  {neverAsked, heldOnNodeA(unmarked("2026-11-24T02:57:59Z")), nodeA(), "free", "", "", 0},
 		"not deleted, no time":        {neverAsked, heldOnNodeA(unmarked("yesterday")), nodeA(), "free", "", "", 0},
