@@ -3,6 +3,7 @@ package e2e
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"os"
 	"os/exec"
@@ -68,9 +69,14 @@ func (p hostProcess) kill(t *testing.T) {
 		t.Fatal(err)
 	}
 	err := incident.Wait(context.Background(), 30*time.Second, p.args[0]+" to end", func(context.Context) error {
-		// One that has ended and not been reaped has no command line any more.
-		if cmdline, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(p.pid), "cmdline")); err == nil && len(cmdline) > 0 {
-			return errors.New("it still runs")
+		// One that nobody has reaped is no longer in the way once all its threads have ended: before that one of them may
+		// still have its ports open.
+		stats, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", p.pid))
+		for _, file := range stats {
+			stat, err := os.ReadFile(file)
+			if end := strings.LastIndex(string(stat), ") "); err == nil && end > 0 && !strings.ContainsAny(string(stat[end+2:end+3]), "ZX") {
+				return fmt.Errorf("a thread runs: %s", stat)
+			}
 		}
 		return nil
 	})

@@ -17,6 +17,7 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/util/rand"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/tools/clientcmd"
 
@@ -98,6 +99,26 @@ func (w way) ofARunningPod(t *testing.T) {
 			api.warned(t, "eni-guard would refuse this, but only records it: pod "+ns+"/web-0 is still alive on node node-1")
 		}
 	})
+}
+
+// Whoever deletes a namespace says nothing of time, so that a pod that gives itself none is never told to end, and the namespace
+// waits until somebody tells it.
+func TestADeletedNamespaceWaitsForARunningPodWithoutTime(t *testing.T) {
+	ns := "e2e-deleted-" + rand.String(5)
+	wentThrough(t, cluster.Namespace(t.Context(), ns, map[string]string{testLabel: "", "eni-guard.io/mode": "deny"}))
+	pod := sleeper(t, ns, "web-0", withoutTime)
+	wentThrough(t, cluster.CoreV1().Namespaces().Delete(t.Context(), ns, metav1.DeleteOptions{}))
+	wentThrough(t, incident.Wait(t.Context(), 30*time.Second, "the namespace controller to be refused", func(context.Context) error {
+		for _, record := range records(t, pod) {
+			if record.Actor() == "system:serviceaccount:kube-system:namespace-controller" && record.fields["decision"] == "denied" && record.ResponseStatus.Code == http.StatusConflict {
+				return nil
+			}
+		}
+		return errors.New("it has not been")
+	}))
+	asItWas(t, pod)
+	kubectl(t, ns, "delete", "pod", pod.Name, "--now", "--wait=false")
+	wentThrough(t, cluster.AwaitGone(t.Context(), pod))
 }
 
 // The incident: the pod has been told to end, its process cannot, and somebody loses patience.
