@@ -154,7 +154,7 @@ func TestAGracefulDeleteDoesNotAllowAForcedOne(t *testing.T) {
 	}
 }
 
-func TestARefusalIsNotRemembered(t *testing.T) {
+func TestWhoTriesAgainIsNotRefusedForThePast(t *testing.T) {
 	findings := stuck()
 	guard := newGuard(func(context.Context, string, sandbox.Query) (sandbox.Report, error) {
 		return allProbes(findings...), nil

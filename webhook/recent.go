@@ -7,16 +7,21 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 )
 
-// repeatWindow is how long a decision stands for further calls of the same removal. They follow each other within
-// milliseconds.
-const repeatWindow = 2 * time.Second
+const (
+	// repeatWindow is how long a decision stands for further calls of the same removal. They follow each other within
+	// milliseconds.
+	repeatWindow = 2 * time.Second
+	// refusalWindow is the same for a refusal. It is shorter, because somebody may try again.
+	refusalWindow = 500 * time.Millisecond
+)
 
-// recentDecisions remembers what was let through. One removal is several calls: the API server asks before it marks the
+// recentDecisions remembers what was decided. One removal is several calls: the API server asks before it marks the
 // object, before it removes it, and again whenever the object has changed in between. Before it removes the object it may ask
 // about the very state that it has asked about before it marked it, because its cache does not have the mark yet. All of them
 // get one decision, so that the later ones do not contradict the first, which is the only one that can protect. A refusal ends
-// the request, so the next call about the pod is a new removal and is judged anew; so is one after an override has been put on
-// the pod, changed or taken away, which the API server never does by itself. The zero value is ready to use.
+// the request, unless the API server finds that what it has asked about is not the latest state: then it asks once more, about
+// another one. A call after an override has been put on the pod, changed or taken away is a new removal, because the API server
+// never does that by itself. The zero value is ready to use.
 type recentDecisions struct {
 	mu      sync.Mutex
 	entries map[removalKey]recentDecision
@@ -33,7 +38,8 @@ type removalKey struct {
 
 type recentDecision struct {
 	decision
-	until time.Time
+	resourceVersion string
+	until           time.Time
 }
 
 func keyOf(r *removal) removalKey {
@@ -48,14 +54,21 @@ func (m *recentDecisions) get(r *removal, now time.Time) (decision, bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	entry, ok := m.entries[keyOf(r)]
+	if !entry.outcome.allows() && r.pod.ResourceVersion == entry.resourceVersion {
+		return decision{}, false
+	}
 	return entry.decision, ok && now.Before(entry.until)
 }
 
-// put remembers a decision. An eviction is one call, whatever follows; and what is no removal, or only asks, says nothing about
-// the next request.
+// put remembers a decision. An eviction is one call, whatever follows; what is no removal, or only asks, says nothing about the
+// next request; and that a pod could not be held may be otherwise in its latest state.
 func (m *recentDecisions) put(r *removal, d decision, now time.Time) {
-	if !d.outcome.allows() || d.reason == ReasonNotForced || r.path == PathEviction || r.dryRun {
+	if d.reason == ReasonNotForced || d.reason == ReasonHoldFailed || r.path == PathEviction || r.dryRun {
 		return
+	}
+	window := repeatWindow
+	if !d.outcome.allows() {
+		window = refusalWindow
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -68,5 +81,5 @@ func (m *recentDecisions) put(r *removal, d decision, now time.Time) {
 		}
 		m.entries, m.sweep = kept, now.Add(repeatWindow)
 	}
-	m.entries[keyOf(r)] = recentDecision{d, now.Add(repeatWindow)}
+	m.entries[keyOf(r)] = recentDecision{d, r.pod.ResourceVersion, now.Add(window)}
 }
