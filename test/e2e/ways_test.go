@@ -163,8 +163,8 @@ func TestATerminatingStuckPod(t *testing.T) {
 			}
 			refusedWith(t, err, code, reason, fmt.Sprintf("process %d (dd) is in state D", process.PID), "address "+pod.Status.PodIP+" still in use")
 			// With a Retry-After client-go would repeat the request by itself, up to ten times.
-			if answers := api.heard(); len(answers) != 1 || answers[0].Header.Get("Retry-After") != "" {
-				t.Errorf("%s: %d requests, the first answered with %v", name, len(answers), answers[0].Header)
+			if answers := api.heard(); len(answers) != 1 || answers[0].Get("Retry-After") != "" {
+				t.Errorf("%s: %d requests, the first answered with %v", name, len(answers), answers[0])
 			}
 			decided(t, pod, mode+" "+w.path+" denied bound SandboxBound")
 			// A finalizer can no longer be added, so that mode hold refuses too.
@@ -414,7 +414,7 @@ func TestATerminalPhaseWhileBoundIsReported(t *testing.T) {
 		t.Errorf("the phase is %s", phase)
 	}
 	for _, regarding := range []corev1.ObjectReference{{Kind: "Pod", Namespace: ns, Name: pod.Name, UID: pod.UID}, {Kind: "Node", Namespace: "default", Name: incident.Node, UID: incident.Node}} {
-		err := incident.Wait(t.Context(), 30*time.Second, "an Event about the "+regarding.Kind, func(ctx context.Context) error {
+		err := incident.Wait(t.Context(), 30*time.Second, "an Event about the "+regarding.Kind, func(context.Context) error {
 			for _, event := range events(t, regarding.Namespace, regarding.UID) {
 				if event.Reason == "TerminalPhaseWhileBound" && event.Type == corev1.EventTypeWarning && event.Regarding.Kind == regarding.Kind &&
 					strings.HasPrefix(event.Note, "user kubernetes-admin has written a terminal phase, but pod "+ns+"/web-0 is still alive on node node-1: ") {
@@ -710,7 +710,8 @@ type caller struct {
 	kubernetes.Interface
 	mu       sync.Mutex
 	warnings []string
-	answers  []*http.Response
+	// answers are the headers of every answer.
+	answers []http.Header
 }
 
 // callAs returns a client of its own that acts as a user; the administrator if user is empty.
@@ -729,7 +730,7 @@ func callAs(t *testing.T, user string) *caller {
 			if err == nil {
 				c.mu.Lock()
 				defer c.mu.Unlock()
-				c.answers = append(c.answers, response)
+				c.answers = append(c.answers, response.Header)
 			}
 			return response, err
 		})
@@ -752,8 +753,8 @@ func (c *caller) HandleWarningHeader(_ int, _, text string) {
 	c.warnings = append(c.warnings, text)
 }
 
-// heard returns every answer of the API server so far.
-func (c *caller) heard() []*http.Response {
+// heard returns the headers of every answer of the API server so far.
+func (c *caller) heard() []http.Header {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return slices.Clone(c.answers)
