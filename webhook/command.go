@@ -157,6 +157,8 @@ func (o options) run(ctx context.Context, log logr.Logger, p policy) error {
 		LeaderElectionID:              "eni-guard-webhook",
 		LeaderElectionNamespace:       o.leaseNamespace,
 		LeaderElectionReleaseOnCancel: true,
+		// Half the time that the kubelet gives, or the lease is not given back and the next leader waits for its end.
+		GracefulShutdownTimeout: new(15 * time.Second),
 		// An API server that is away for a moment must not end the leader, which also answers reviews.
 		LeaseDuration: new(40 * time.Second), RenewDeadline: new(30 * time.Second), RetryPeriod: new(4 * time.Second),
 	})

@@ -90,6 +90,10 @@ func advice(r *removal, d decision) []string {
 		steps = append(steps, "The finalizer holds it, and is taken away as soon as its node has let go of it.")
 	case pod.DeletionTimestamp != nil:
 		steps = append(steps, "It is being deleted already and goes by itself as soon as its node has let go of it.")
+	case terminal(pod) && !containersTerminated(pod):
+		// Such a pod is not ended by its kubelet, and to the API server every delete of it is a forced one.
+		steps = append(steps, "Its phase says that it has finished, but its kubelet has not said so of its containers: somebody else has written the phase, or the kubelet is about to.",
+			stopping(d.report.Findings)+"Then, or in a moment, try again.")
 	case terminal(pod):
 		// For the API server every delete of such a pod is a forced one, --now too.
 		steps = append(steps, "It has finished, and its node is about to let go of it: try again in a moment.")
@@ -124,6 +128,14 @@ func warning(r *removal, d decision) string {
 			return "overridden: " + summary(r.pod, d)
 		}
 	case Allowed, Exempt, Denied:
+	}
+	return ""
+}
+
+// stopping is how a sandbox is ended by hand, where it is known.
+func stopping(findings []sandbox.Finding) string {
+	if id := firstSandbox(findings); id != "" {
+		return "To end it, run `crictl stopp " + sandbox.ShortID(id) + "` on its node. "
 	}
 	return ""
 }

@@ -46,7 +46,8 @@ func TestMessages(t *testing.T) {
 	}{
 		"bound-process-in-state-D":      {PathDelete, runningPod(terminating(new(int64(30)))), denying(bound)},
 		"bound-running":                 {PathDelete, runningPod(), denying(evidence{report: allProbes(stuck()[1:]...)})},
-		"bound-finished":                {PathDelete, runningPod(phase(corev1.PodSucceeded)), denying(evidence{report: allProbes(stuck()[3:]...)})},
+		"bound-called-finished":         {PathDelete, runningPod(phase(corev1.PodFailed)), denying(bound)},
+		"bound-finished":                {PathDelete, ended(), denying(evidence{report: allProbes(stuck()[3:]...)})},
 		"bound-reading-a-disk":          {PathDelete, runningPod(), denying(bound)},
 		"bound-sandbox-only":            {PathDelete, runningPod(), denying(evidence{report: allProbes(stuck()[3:]...)})},
 		"bound-namespace-only":          {PathDelete, runningPod(), denying(evidence{report: allProbes(sandbox.Finding{Kind: sandbox.NetnsOpen, Netns: "net:[4026532178]"})})},
