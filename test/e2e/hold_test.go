@@ -423,8 +423,10 @@ func TestARebootOfTheNodeFreesAHeldPod(t *testing.T) {
 
 	startRuntime()
 	startKubelet()
-	freed(t, pod, 2*time.Minute, "SandboxReleased", "is no longer held: nothing of it is left on node node-1")
+	wentThrough(t, cluster.AwaitGone(t.Context(), pod))
+	// The log is read through the kubelet.
 	clusterWorks(t, ns, "after-reboot")
+	traces(t, pod, "SandboxReleased", "is no longer held: nothing of it is left on node node-1")
 }
 
 // namespaceFile finds the file that keeps the network namespace of a process open.
