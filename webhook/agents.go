@@ -189,9 +189,14 @@ func transportError(err error, host string, took time.Duration) error {
 	case errors.Is(err, syscall.ECONNREFUSED):
 		return fmt.Errorf("does not run: nothing listens at %s", host)
 	}
+	// Without the ports of this very connection, so that the same failure reads the same.
 	var wrapped *url.Error
 	if errors.As(err, &wrapped) {
 		err = wrapped.Err
+	}
+	var operation *net.OpError
+	if errors.As(err, &operation) {
+		err = operation.Err
 	}
 	return fmt.Errorf("cannot be reached at %s: %w", host, err)
 }

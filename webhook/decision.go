@@ -69,8 +69,8 @@ const (
 	ReasonIgnoredByTerway Reason = "IgnoredByTerway"
 	ReasonExcludedNode    Reason = "ExcludedNode"
 	ReasonModeOff         Reason = "ModeOff"
-	// ReasonNoSuchPod means: the pod of an eviction is not there, and the API server is about to say so.
-	ReasonNoSuchPod Reason = "NoSuchPod"
+	// ReasonPodUnreadable means: the pod of an eviction could not be read. One that asks for grace period 0 is refused.
+	ReasonPodUnreadable Reason = "PodUnreadable"
 )
 
 // Reasons of decisions.
@@ -91,6 +91,8 @@ const (
 	ReasonContainersTerminated Reason = "ContainersTerminated"
 	// ReasonOverride means: the pod has an override, and who removes it has the right to one.
 	ReasonOverride Reason = "Override"
+	// ReasonNoSuchPod means: the pod of an eviction is not there.
+	ReasonNoSuchPod Reason = "NoSuchPod"
 	// ReasonHoldFailed means: the pod was to be held, and the finalizer could not be added.
 	ReasonHoldFailed Reason = "HoldFailed"
 )

@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/go-logr/logr"
@@ -87,16 +88,20 @@ func (g *Guard) review(ctx context.Context, log logr.Logger, request *admissionv
 
 // record leaves the traces of a decision: a count, a line of the log, an Event.
 func (g *Guard) record(log logr.Logger, request types.UID, r *removal, d decision) {
-	g.decisions.WithLabelValues(string(d.mode), string(d.outcome), string(d.verdict), string(r.path)).Inc()
+	if !r.dryRun {
+		g.decisions.WithLabelValues(string(d.mode), string(d.outcome), string(d.verdict), string(r.path)).Inc()
+	}
 	log.Info("decision", "request", request, "decision", d.outcome, "reason", d.reason, "verdict", d.verdict, "mode", d.mode,
 		"path", r.path, "dryRun", r.dryRun, "user", r.user.Username, "namespace", r.pod.Namespace, "pod", r.pod.Name, "podUID", r.pod.UID,
 		"node", r.pod.Spec.NodeName, "podIPs", podIPs(r.pod), "evidence", evidenceWords(d), "override", d.override.reason)
-	if d.outcome != Exempt && !r.dryRun {
+	// Without a UID there is no pod to tell about: ReasonNoSuchPod, ReasonPodUnreadable.
+	if d.outcome != Exempt && !r.dryRun && r.pod.UID != "" {
 		kind := corev1.EventTypeWarning
 		if d.outcome == Allowed {
 			kind = corev1.EventTypeNormal
 		}
-		g.events.Eventf(reference(r.pod), nil, kind, eventReasons[d.outcome], string(r.path), "%s", eventNote(r, d))
+		// Events of one kind about the same two things are put together: with its user, each person's stay apart.
+		g.events.Eventf(reference(r.pod), userReference(r.user), kind, eventReasons[d.outcome], string(r.path), "%s", eventNote(r, d))
 	}
 }
 
@@ -107,9 +112,16 @@ func (g *Guard) judge(ctx context.Context, r *removal) decision {
 		err := g.live.Get(ctx, client.ObjectKeyFromObject(r.pod), r.pod)
 		switch {
 		case apierrors.IsNotFound(err):
-			return exemptDecision(mode, ReasonNoSuchPod)
+			// Not left to the API server, which reads the pod by name after this: there may be another one by then.
+			return decision{outcome: Denied, verdict: sandbox.NotAsked, reason: ReasonNoSuchPod, situation: situation{mode: mode}}
 		case err != nil:
-			return decide(situation{mode: mode, evidence: evidence{failure: fmt.Sprintf("the pod could not be read: %v", err)}})
+			d := decision{outcome: Denied, verdict: sandbox.Unknown, reason: ReasonPodUnreadable,
+				situation: situation{mode: mode, evidence: evidence{failure: fmt.Sprintf("the pod could not be read from the API server: %v", err)}}}
+			if r.grace == nil || *r.grace != 0 {
+				// Nothing says that this is a removal, so it must not be blocked.
+				d.outcome = Exempt
+			}
+			return d
 		}
 	}
 	if reason, ok := exempt(r, surroundings{mode: mode, excludedNode: g.excluded(ctx, r.pod.Spec.NodeName)}); ok {
@@ -152,12 +164,16 @@ func (g *Guard) excluded(ctx context.Context, name string) bool {
 	if err := g.cached.Get(ctx, types.NamespacedName{Name: name}, &node); err != nil {
 		return false
 	}
-	for _, selector := range g.excludedNodes {
-		if selector.Matches(labels.Set(node.Labels)) {
-			return true
-		}
+	if !selected(g.excludedNodes, &node) {
+		return false
 	}
-	return false
+	// What lets a pod go does not come from a cache that may lag.
+	err := g.live.Get(ctx, types.NamespacedName{Name: name}, &node)
+	return err == nil && selected(g.excludedNodes, &node)
+}
+
+func selected(selectors []labels.Selector, node *corev1.Node) bool {
+	return slices.ContainsFunc(selectors, func(s labels.Selector) bool { return s.Matches(labels.Set(node.Labels)) })
 }
 
 // askFunc is one of the ways to ask an agent.

@@ -283,7 +283,8 @@ func TestEvictions(t *testing.T) {
 		{"forced, terminating", runningPod(terminating(new(int64(30)))), zero, "denied", ReasonBound, 429},
 		{"of a pod without grace period", runningPod(ownGrace(new(int64(0)))), nil, "denied", ReasonBound, 409},
 		{"of a pod that has ended", runningPod(phase(corev1.PodFailed)), nil, "denied", ReasonBound, 409},
-		{"of a pod that is not there", nil, zero, "exempt", ReasonNoSuchPod, 0},
+		{"of a pod that is not there", nil, zero, "denied", ReasonNoSuchPod, 404},
+		{"graceful, of a pod that is not there", nil, nil, "denied", ReasonNoSuchPod, 404},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			objects := []client.Object{nodeA(), shop("")}
@@ -306,8 +307,12 @@ func TestEvictions(t *testing.T) {
 	}
 	guard := newGuard(finds(), nodeA())
 	guard.live = failingReader{}
-	if response := reviewed(t, guard, nil, evictionRequest(t, runningPod(), zero)); response.Allowed {
-		t.Error("an eviction went through although the pod could not be read")
+	response := reviewed(t, guard, nil, evictionRequest(t, runningPod(), zero))
+	if response.Allowed || !strings.Contains(response.Result.Message, "the pod could not be read from the API server: connection refused") {
+		t.Errorf("a forced eviction of a pod that could not be read: %+v", response)
+	}
+	if response := reviewed(t, guard, nil, evictionRequest(t, runningPod(), nil)); !response.Allowed || response.AuditAnnotations["reason"] != "PodUnreadable" {
+		t.Errorf("a graceful eviction of a pod that could not be read: %+v", response)
 	}
 }
 

@@ -8,7 +8,6 @@ import (
 
 	"github.com/go-logr/logr"
 	corev1 "k8s.io/api/core/v1"
-	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/types"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 )
@@ -80,9 +79,8 @@ func (h holder) freeSoon(log logr.Logger, pod *corev1.Pod) {
 		ctx, cancel := context.WithTimeout(context.Background(), freeTimeout)
 		defer cancel()
 		log = log.WithValues("namespace", pod.Namespace, "pod", pod.Name, "podUID", pod.UID)
-		// Conflict: the UID is another pod's by now.
-		if err := h.free(ctx, anyVersion); err != nil && !apierrors.IsConflict(err) {
-			log.Error(err, "could not free an overridden pod; delete it again")
+		if err := h.free(ctx, anyVersion); err != nil {
+			log.Error(err, "could not free an overridden pod; delete it again, if it is still there")
 			return
 		}
 		log.Info("freed a held pod", "reason", ReasonOverride)

@@ -13,8 +13,11 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/util/wait"
 	ctrl "sigs.k8s.io/controller-runtime"
+	"sigs.k8s.io/controller-runtime/pkg/builder"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/controller"
+	"sigs.k8s.io/controller-runtime/pkg/event"
+	"sigs.k8s.io/controller-runtime/pkg/predicate"
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 
 	"github.com/eni-guard/eni-guard/internal/sandbox"
@@ -45,10 +48,18 @@ func (c *holdController) setUp(manager ctrl.Manager) error {
 	if err := manager.Add(leaderTask(c.findUnlabelled)); err != nil {
 		return err
 	}
-	return ctrl.NewControllerManagedBy(manager).Named("held-pods").For(&corev1.Pod{}).
+	return ctrl.NewControllerManagedBy(manager).Named("held-pods").For(&corev1.Pod{}, builder.WithPredicates(changesTheHold)).
 		WithOptions(controller.Options{MaxConcurrentReconciles: concurrentHolds}).
 		Complete(c)
 }
+
+// changesTheHold leaves out updates that say nothing new, above all the controller's own explanations: an answer to each
+// would be a question without a pause.
+var changesTheHold = predicate.Funcs{UpdateFunc: func(e event.UpdateEvent) bool {
+	before, after := e.ObjectOld, e.ObjectNew
+	return !slices.Equal(before.GetFinalizers(), after.GetFinalizers()) || !before.GetDeletionTimestamp().Equal(after.GetDeletionTimestamp()) ||
+		before.GetAnnotations()[HeldSinceAnnotation] != after.GetAnnotations()[HeldSinceAnnotation]
+}}
 
 // Reconcile waits for one held pod.
 func (c *holdController) Reconcile(ctx context.Context, request reconcile.Request) (reconcile.Result, error) {
@@ -85,6 +96,9 @@ func (c *holdController) judgeHeld(ctx context.Context, pod *corev1.Pod) decisio
 	e := c.evidence(ctx, pod, func(ctx context.Context, address string, q sandbox.Query) (sandbox.Report, error) {
 		return c.agents.await(ctx, address, q, holdWait)
 	})
+	// What the kubelet reports of the containers says nothing of the sandbox. It is enough to let a finished pod be cleaned up
+	// while its agent is away, but not to give up a pod that was held because it was bound.
+	e.containersTerminated = false
 	return decide(situation{mode: ModeHold, holdable: true, evidence: e})
 }
 

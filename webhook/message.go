@@ -18,14 +18,20 @@ var runbookSections = map[Reason]string{
 	ReasonNoAnswer:    "the-agent-gives-no-answer",
 	ReasonProbeFailed: "the-agent-could-not-look-everywhere",
 	ReasonHoldFailed:  "the-pod-could-not-be-held",
+
+	ReasonPodUnreadable: "the-webhook-does-not-answer",
 }
 
 // message is what a refused person reads: what is still there, what to do now, how to do it all the same, and where to
 // read more. Three lines.
 func message(r *removal, d decision) string {
+	steps := advice(r, d)
+	if d.reason != ReasonPodUnreadable {
+		steps = append(steps, overriding(r.pod, d.override))
+	}
 	return strings.Join([]string{
 		finding(r.pod, d),
-		strings.Join(append(advice(r, d), overriding(r.pod, d.override)), " "),
+		strings.Join(steps, " "),
 		"More: " + runbook + runbookSections[d.reason],
 	}, "\n")
 }
@@ -33,6 +39,9 @@ func message(r *removal, d decision) string {
 // finding is what is known of a pod that may not go, in plain words.
 func finding(pod *corev1.Pod, d decision) string {
 	name := pod.Namespace + "/" + pod.Name
+	if d.reason == ReasonPodUnreadable {
+		return fmt.Sprintf("cannot tell whether pod %s is still alive: %s.", name, strings.Join(failures(d), "; "))
+	}
 	if d.verdict != sandbox.Bound {
 		return fmt.Sprintf("cannot tell whether pod %s is still alive on node %s: %s.", name, pod.Spec.NodeName, strings.Join(failures(d), "; "))
 	}
@@ -77,7 +86,9 @@ func advice(r *removal, d decision) []string {
 	pod := r.pod
 	switch {
 	case d.reason == ReasonHoldFailed:
-		return []string{fmt.Sprintf("Its object was to be held until then, but that failed: %s. Try again.", d.holdFailure)}
+		return []string{fmt.Sprintf("Its object was to be kept until its node has let go of it, but that failed: %s. Try again.", d.holdFailure)}
+	case d.reason == ReasonPodUnreadable:
+		return []string{"An address that may be in use is not given away. Try again."}
 	case d.reason != ReasonBound:
 		return []string{fmt.Sprintf("An address that may be in use is not given away. Look at the agent: `kubectl get pods -A -l app.kubernetes.io/name=eni-guard,"+
 			"app.kubernetes.io/component=agent --field-selector spec.nodeName=%s`; then try again.", pod.Spec.NodeName)}
@@ -96,7 +107,7 @@ func advice(r *removal, d decision) []string {
 			stopping(d.report.Findings)+"Then, or in a moment, try again.")
 	case terminal(pod):
 		// For the API server every delete of such a pod is a forced one, --now too.
-		steps = append(steps, "It has finished, and its node is about to let go of it: try again in a moment.")
+		steps = append(steps, fmt.Sprintf("It has finished, and its node is about to let go of it: try again in a moment. If that lasts, the container runtime's log on node %s says why.", pod.Spec.NodeName))
 	default:
 		steps = append(steps, fmt.Sprintf("Use `kubectl delete pod %s -n %s --now`: the pod then goes as soon as its node has let go of it.", pod.Name, pod.Namespace))
 	}
@@ -107,13 +118,19 @@ func advice(r *removal, d decision) []string {
 	return steps
 }
 
-// overriding says how to remove the pod all the same, or why the override that it has does not count.
+// overriding says how to remove the pod all the same, or why the override that it has does not count and what to run then.
 func overriding(pod *corev1.Pod, o override) string {
-	if o.refused != "" {
-		return "The override on it does not count: " + o.refused + "."
+	command := fmt.Sprintf("kubectl annotate pod %s -n %s --overwrite %s='WHY'", pod.Name, pod.Namespace, OverrideAnnotation)
+	switch o.flaw {
+	case flawUntil:
+		return fmt.Sprintf("The override on it does not count: %s. Without an end it does: `%s %s-`, then repeat your command.", o.refused, command, OverrideUntilAnnotation)
+	case flawReason:
+		return fmt.Sprintf("The override on it does not count: %s. With one it does: `%s`, then repeat your command.", o.refused, command)
+	case flawRight:
+		return fmt.Sprintf("The override on it does not count: %s (`kubectl auth can-i override forcedeletes.eni-guard.io -n %s` tells).", o.refused, pod.Namespace)
+	default:
+		return fmt.Sprintf("To override, with the right `override` on `forcedeletes.eni-guard.io`: `%s`, then repeat your command.", command)
 	}
-	return fmt.Sprintf("To override, with the right `override` on `forcedeletes.eni-guard.io`: `kubectl annotate pod %s -n %s %s='WHY'`, then repeat your command.",
-		pod.Name, pod.Namespace, OverrideAnnotation)
 }
 
 // warning is what somebody is told whose request goes through although the pod is, or may be, bound.

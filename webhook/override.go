@@ -27,11 +27,23 @@ const (
 type override struct {
 	// reason is what its author gave; empty when there is no override, or none with a usable reason.
 	reason string
+	// flaw is what is wrong with it, if something is.
+	flaw flaw
 	// refused says, in words that fit behind "The override on it does not count: ", why it does not.
 	refused string
 	// authorised means: it counts, and who removes the pod has the right to.
 	authorised bool
 }
+
+// flaw is what an override can lack.
+type flaw int
+
+const (
+	flawless flaw = iota
+	flawReason
+	flawUntil
+	flawRight
+)
 
 // overrideOf reads the annotations of a pod. The override it returns still lacks the authorisation. The chart's CEL has
 // the same rule for the time when no webhook answers, without the expiry.
@@ -42,19 +54,19 @@ func overrideOf(pod *corev1.Pod, now time.Time) override {
 	}
 	reason := strings.TrimSpace(text)
 	if reason == "" {
-		return override{refused: fmt.Sprintf("the annotation %s gives no reason", OverrideAnnotation)}
+		return override{flaw: flawReason, refused: fmt.Sprintf("the annotation %s gives no reason", OverrideAnnotation)}
 	}
 	if n := utf8.RuneCountInString(text); n > maxOverrideReason {
-		return override{refused: fmt.Sprintf("the reason in the annotation %s has %d characters, at most %d are allowed", OverrideAnnotation, n, maxOverrideReason)}
+		return override{flaw: flawReason, refused: fmt.Sprintf("the reason in the annotation %s has %d characters, at most %d are allowed", OverrideAnnotation, n, maxOverrideReason)}
 	}
 	o := override{reason: reason}
 	if text, limited := pod.Annotations[OverrideUntilAnnotation]; limited {
 		until, err := time.Parse(time.RFC3339, text)
 		switch {
 		case err != nil:
-			o.refused = fmt.Sprintf("the annotation %s is %.40q, not a time such as %s", OverrideUntilAnnotation, text, now.UTC().Add(time.Hour).Format(time.RFC3339))
+			o.flaw, o.refused = flawUntil, fmt.Sprintf("the annotation %s is %.40q, not a time such as %s", OverrideUntilAnnotation, text, now.UTC().Add(time.Hour).Format(time.RFC3339))
 		case !now.Before(until):
-			o.refused = fmt.Sprintf("it has expired: the annotation %s is %s, and it is %s", OverrideUntilAnnotation, text, now.UTC().Format(time.RFC3339))
+			o.flaw, o.refused = flawUntil, fmt.Sprintf("it has expired: the annotation %s is %s, and it is %s", OverrideUntilAnnotation, text, now.UTC().Format(time.RFC3339))
 		}
 	}
 	return o
@@ -68,15 +80,15 @@ type accessReviewer interface {
 // authorise completes an override by asking whether the user who removes the pod, not the author of the annotation, has
 // the right to.
 func authorise(ctx context.Context, access accessReviewer, o override, user authenticationv1.UserInfo, pod *corev1.Pod) override {
-	if o.reason == "" || o.refused != "" {
+	if o.reason == "" || o.flaw != flawless {
 		return o
 	}
 	allowed, err := access.mayOverride(ctx, user, pod)
 	switch {
 	case err != nil:
-		o.refused = fmt.Sprintf("whether %s may override could not be checked: %v", user.Username, err)
+		o.flaw, o.refused = flawRight, fmt.Sprintf("whether %s may override could not be checked: %v", user.Username, err)
 	case !allowed:
-		o.refused = fmt.Sprintf("user %s does not have the right \"override\" on forcedeletes.eni-guard.io in namespace %s", user.Username, pod.Namespace)
+		o.flaw, o.refused = flawRight, fmt.Sprintf("user %s does not have the right \"override\" on forcedeletes.eni-guard.io in namespace %s", user.Username, pod.Namespace)
 	default:
 		o.authorised = true
 	}

@@ -76,7 +76,7 @@ func TestAuthorise(t *testing.T) {
 		{"annotation and right", "alice", override{reason: "x"}, true, "", 1},
 		{"annotation alone", "bob", override{reason: "x"}, false, `user bob does not have the right "override" on forcedeletes.eni-guard.io in namespace shop`, 1},
 		{"right alone", "alice", override{}, false, "", 0},
-		{"the right, but it has expired", "alice", override{reason: "x", refused: "it has expired"}, false, "it has expired", 0},
+		{"the right, but it has expired", "alice", override{reason: "x", flaw: flawUntil, refused: "it has expired"}, false, "it has expired", 0},
 		{"the API server does not say", "carol", override{reason: "x"}, false, "whether carol may override could not be checked: connection refused", 1},
 	} {
 		t.Run(test.name, func(t *testing.T) {

@@ -11,8 +11,9 @@ const (
 	// repeatWindow is how long a decision stands for further calls of the same removal. They follow each other within
 	// milliseconds.
 	repeatWindow = 2 * time.Second
-	// refusalWindow is the same for a refusal. It is shorter, because somebody may try again.
-	refusalWindow = 500 * time.Millisecond
+	// conflictWindow is the same for a call about another state of the pod, after a refusal or where the pod was released. It is
+	// shorter, because by then somebody may try again, or the pod may have come back to life.
+	conflictWindow = 500 * time.Millisecond
 )
 
 // recentDecisions remembers what was decided. One removal is several calls: the API server asks before it marks the
@@ -39,7 +40,7 @@ type removalKey struct {
 type recentDecision struct {
 	decision
 	resourceVersion string
-	until           time.Time
+	at              time.Time
 }
 
 func keyOf(r *removal) removalKey {
@@ -48,38 +49,40 @@ func keyOf(r *removal) removalKey {
 
 // get returns the decision about the removal that this call belongs to, if there was a call before it.
 func (m *recentDecisions) get(r *removal, now time.Time) (decision, bool) {
-	if r.dryRun {
+	if r.dryRun || r.path == PathEviction || r.effect() != removesObject {
 		return decision{}, false
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	entry, ok := m.entries[keyOf(r)]
-	if !entry.outcome.allows() && r.pod.ResourceVersion == entry.resourceVersion {
-		return decision{}, false
+	ok = ok && now.Before(entry.at.Add(repeatWindow))
+	same, marked := r.pod.ResourceVersion == entry.resourceVersion, r.pod.DeletionTimestamp != nil && effectOn(r.pod, nil) == removesObject
+	switch entry.outcome {
+	case Allowed:
+		ok = ok && (same || marked || now.Before(entry.at.Add(conflictWindow)) && r.path != PathIgnoreLabel)
+	case Denied:
+		ok = ok && !same && now.Before(entry.at.Add(conflictWindow))
+	default:
 	}
-	return entry.decision, ok && now.Before(entry.until)
+	return entry.decision, ok
 }
 
 // put remembers a decision. An eviction is one call, whatever follows; what is no removal, or only asks, says nothing about the
 // next request; and that a pod could not be held may be otherwise in its latest state.
 func (m *recentDecisions) put(r *removal, d decision, now time.Time) {
-	if d.reason == ReasonNotForced || d.reason == ReasonHoldFailed || r.path == PathEviction || r.dryRun {
+	if r.dryRun || r.path == PathEviction || r.effect() != removesObject || d.reason == ReasonHoldFailed {
 		return
-	}
-	window := repeatWindow
-	if !d.outcome.allows() {
-		window = refusalWindow
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.entries == nil || now.After(m.sweep) {
 		kept := map[removalKey]recentDecision{}
 		for key, entry := range m.entries {
-			if now.Before(entry.until) {
+			if now.Before(entry.at.Add(repeatWindow)) {
 				kept[key] = entry
 			}
 		}
 		m.entries, m.sweep = kept, now.Add(repeatWindow)
 	}
-	m.entries[keyOf(r)] = recentDecision{d, r.pod.ResourceVersion, now.Add(window)}
+	m.entries[keyOf(r)] = recentDecision{d, r.pod.ResourceVersion, now}
 }

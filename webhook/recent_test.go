@@ -26,10 +26,20 @@ func TestCallsOfOneRemovalGetOneDecision(t *testing.T) {
 		{"the marked object", Audited, func(r *removal) { r.pod.DeletionTimestamp, r.pod.ResourceVersion = &metav1.Time{}, "2" }, 0, true},
 		{"the object before the mark, from a cache", Audited, func(*removal) {}, 0, true},
 		{"an object that has changed in between", Held, func(r *removal) { r.pod.ResourceVersion = "2" }, 0, true},
+		{"a released pod that has changed in between", Allowed, func(r *removal) { r.pod.ResourceVersion = "2" }, 0, true},
+		{"a released pod that may have come back to life", Allowed, func(r *removal) { r.pod.ResourceVersion = "2" }, conflictWindow, false},
+		{"a released pod, marked, late", Allowed, func(r *removal) {
+			r.pod.DeletionTimestamp, r.pod.DeletionGracePeriodSeconds, r.pod.ResourceVersion = &metav1.Time{}, new(int64(0)), "2"
+		}, conflictWindow, true},
+		{"the label that frees the address, given again", Allowed, func(r *removal) { r.path, r.pod.ResourceVersion = PathIgnoreLabel, "2" }, 0, false},
+		{"a graceful delete after a forced one", Denied, func(r *removal) {
+			r.pod.Spec.NodeName, r.pod.Spec.TerminationGracePeriodSeconds, r.pod.ResourceVersion = "node-a", new(int64(30)), "2"
+		}, 0, false},
+		{"another end of the override", Audited, func(r *removal) { r.pod.Annotations = map[string]string{OverrideUntilAnnotation: "x"} }, 0, false},
 		{"later", Audited, func(*removal) {}, repeatWindow, false},
 		{"somebody who tries again after a refusal", Denied, func(*removal) {}, 0, false},
 		{"a refusal, about a state that was not the latest", Denied, func(r *removal) { r.pod.ResourceVersion = "2" }, 0, true},
-		{"somebody who tries again when the pod has changed", Denied, func(r *removal) { r.pod.ResourceVersion = "2" }, refusalWindow, false},
+		{"somebody who tries again when the pod has changed", Denied, func(r *removal) { r.pod.ResourceVersion = "2" }, conflictWindow, false},
 		{"somebody else", Audited, func(r *removal) { r.user.Username = "joe" }, 0, false},
 		{"another way in", Audited, func(r *removal) { r.path = PathCollection }, 0, false},
 		{"another pod of the name", Audited, func(r *removal) { r.pod.UID = "v" }, 0, false},

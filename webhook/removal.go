@@ -184,7 +184,9 @@ func (r *removal) holdable() bool {
 // later call of the same removal, and one that has lost it needs it again. An eviction reads the pod later: there the
 // finalizer is added, or confirmed, in every call, so that the controller cannot take it away in between.
 func (r *removal) mustAddFinalizer() bool {
-	return !held(r.pod) || r.path == PathEviction && r.pod.DeletionTimestamp == nil
+	// The label is what the controller finds the pod by. A finalizer that came with a template or from a person has none.
+	unknown := r.pod.Labels[HeldLabel] != "true" || r.pod.Annotations[HeldSinceAnnotation] == ""
+	return !held(r.pod) || unknown || r.path == PathEviction && r.pod.DeletionTimestamp == nil
 }
 
 // query is what an agent is asked about the pod.
@@ -224,11 +226,12 @@ func ignored(pod *corev1.Pod) bool { return pod.Labels[IgnoreLabel] == "true" }
 // held says whether the pod's object is kept by the guard.
 func held(pod *corev1.Pod) bool { return slices.Contains(pod.Finalizers, Finalizer) }
 
-// containersTerminated says whether the kubelet has reported every container of the pod, of every kind, terminated, and
-// will start none again. The phase alone does not say so, because controllers write phases too; the containers alone
-// neither, because between two starts of a container it is terminated as well.
+// containersTerminated says whether the pod is finished, and the kubelet has reported every container of it, of every kind,
+// terminated. The phase alone does not say so, because controllers write phases too; the containers alone neither, because
+// between two starts of a container it is terminated as well. A pod that is being deleted without being finished is not
+// meant: there its kubelet is at work, and removes it when the sandbox is gone.
 func containersTerminated(pod *corev1.Pod) bool {
-	if !terminal(pod) && pod.DeletionTimestamp == nil {
+	if !terminal(pod) {
 		return false
 	}
 	statuses := slices.Concat(pod.Status.InitContainerStatuses, pod.Status.ContainerStatuses, pod.Status.EphemeralContainerStatuses)

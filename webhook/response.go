@@ -7,7 +7,9 @@ import (
 	"strings"
 
 	admissionv1 "k8s.io/api/admission/v1"
+	authenticationv1 "k8s.io/api/authentication/v1"
 	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/eni-guard/eni-guard/internal/sandbox"
@@ -18,6 +20,8 @@ const (
 	// may have thousands of processes.
 	maxEvidence       = 20
 	maxEvidenceLength = 2048
+	// maxFailure bounds what is said about one thing that could not be found out.
+	maxFailure = 512
 	// maxWarning bounds a warning: the API server cuts all of them to 256 characters once they have 4096 together, as those of
 	// a collection delete soon have (k8s.io/apiserver pkg/endpoints/filters/warning.go).
 	maxWarning = 256
@@ -59,6 +63,11 @@ func respond(r *removal, d decision) *admissionv1.AdmissionResponse {
 // pod that is being deleted is put off instead, as by a disruption budget, so that a drain waits for it; for one that
 // nobody has told to end, waiting would never help. Without a time to wait, or client-go would repeat the call by itself.
 func refusal(r *removal, d decision) *metav1.Status {
+	if d.reason == ReasonNoSuchPod {
+		// As the API server itself would answer.
+		status := apierrors.NewNotFound(corev1.Resource("pods"), r.pod.Name).Status()
+		return &status
+	}
 	status := &metav1.Status{
 		Status:  metav1.StatusFailure,
 		Code:    http.StatusConflict,
@@ -88,15 +97,19 @@ func refusal(r *removal, d decision) *metav1.Status {
 	return status
 }
 
-// failures says why what is not known is not known.
+// failures says why what is not known is not known, each within bounds.
 func failures(d decision) []string {
 	if d.verdict == sandbox.NotAsked {
 		return nil
 	}
+	all := d.report.Failures()
 	if d.failure != "" {
-		return []string{d.failure}
+		all = []string{d.failure}
 	}
-	return d.report.Failures()
+	for i, failure := range all {
+		all[i] = clip(failure, maxFailure)
+	}
+	return all
 }
 
 // evidenceWords is what was found, what could not be found out, and why an override does not count, within bounds.
@@ -128,6 +141,11 @@ func clip(text string, limit int) string {
 		return text
 	}
 	return strings.ToValidUTF8(text[:limit-len(mark)], "") + mark
+}
+
+// userReference names who has asked for a removal as the other party of an Event.
+func userReference(user authenticationv1.UserInfo) *corev1.ObjectReference {
+	return &corev1.ObjectReference{APIVersion: "rbac.authorization.k8s.io/v1", Kind: "User", Name: user.Username}
 }
 
 // reference points an Event at a pod.

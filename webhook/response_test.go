@@ -12,6 +12,7 @@ import (
 
 	authenticationv1 "k8s.io/api/authentication/v1"
 	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/util/validation"
 
 	"github.com/eni-guard/eni-guard/internal/sandbox"
@@ -37,8 +38,8 @@ func stuck() []sandbox.Finding {
 func TestMessages(t *testing.T) {
 	bound, unknown := evidence{report: allProbes(stuck()...)}, evidence{failure: "the agent of node node-a did not answer within 5s at 192.0.2.7:9807"}
 	with := func(s situation, change func(*situation)) situation { change(&s); return s }
-	expired := override{reason: "node lost", refused: "it has expired: the annotation eni-guard.io/allow-force-delete-until is 2026-11-24T01:00:00Z, and it is 2026-11-24T03:00:00Z"}
-	right := override{reason: "node lost", refused: `user alice does not have the right "override" on forcedeletes.eni-guard.io in namespace shop`}
+	expired := override{reason: "node lost", flaw: flawUntil, refused: "it has expired: the annotation eni-guard.io/allow-force-delete-until is 2026-11-24T01:00:00Z, and it is 2026-11-24T03:00:00Z"}
+	right := override{reason: "node lost", flaw: flawRight, refused: `user alice does not have the right "override" on forcedeletes.eni-guard.io in namespace shop`}
 	for name, test := range map[string]struct {
 		path      Path
 		pod       *corev1.Pod
@@ -58,13 +59,16 @@ func TestMessages(t *testing.T) {
 		"bound-finalizer":               {PathFinalizer, runningPod(terminating(new(int64(0)))), denying(bound)},
 		"override-expired":              {PathDelete, runningPod(), with(denying(bound), func(s *situation) { s.override = expired })},
 		"override-without-the-right":    {PathDelete, runningPod(), with(denying(unknown), func(s *situation) { s.override = right })},
-		"no-answer":                     {PathDelete, runningPod(), denying(unknown)},
-		"probe-failed":                  {PathDelete, runningPod(), denying(evidence{report: failedProbe()})},
-		"held":                          {PathDelete, runningPod(), with(denying(bound), func(s *situation) { s.mode, s.holdable = ModeHold, true })},
-		"held-unknown":                  {PathEviction, runningPod(), with(denying(unknown), func(s *situation) { s.mode, s.holdable = ModeHold, true })},
-		"audited":                       {PathCollection, runningPod(), with(denying(bound), func(s *situation) { s.mode = ModeAudit })},
-		"audited-unknown":               {PathDelete, runningPod(), with(denying(unknown), func(s *situation) { s.mode = ModeAudit })},
-		"overridden":                    {PathDelete, runningPod(), with(denying(bound), func(s *situation) { s.override = override{reason: "node lost", authorised: true} })},
+		"override-without-a-reason": {PathDelete, runningPod(), with(denying(bound), func(s *situation) {
+			s.override = override{flaw: flawReason, refused: "the annotation eni-guard.io/allow-force-delete gives no reason"}
+		})},
+		"no-answer":       {PathDelete, runningPod(), denying(unknown)},
+		"probe-failed":    {PathDelete, runningPod(), denying(evidence{report: failedProbe()})},
+		"held":            {PathDelete, runningPod(), with(denying(bound), func(s *situation) { s.mode, s.holdable = ModeHold, true })},
+		"held-unknown":    {PathEviction, runningPod(), with(denying(unknown), func(s *situation) { s.mode, s.holdable = ModeHold, true })},
+		"audited":         {PathCollection, runningPod(), with(denying(bound), func(s *situation) { s.mode = ModeAudit })},
+		"audited-unknown": {PathDelete, runningPod(), with(denying(unknown), func(s *situation) { s.mode = ModeAudit })},
+		"overridden":      {PathDelete, runningPod(), with(denying(bound), func(s *situation) { s.override = override{reason: "node lost", authorised: true} })},
 	} {
 		t.Run(name, func(t *testing.T) {
 			compareGolden(t, name, &removal{path: test.path, pod: test.pod, user: authenticationv1.UserInfo{Username: "alice"}}, decide(test.situation))
@@ -73,7 +77,15 @@ func TestMessages(t *testing.T) {
 	failed := decide(denying(bound))
 	failed.reason, failed.holdFailure = ReasonHoldFailed, "changing pod shop/web-0: Forbidden"
 	t.Run("hold-failed", func(t *testing.T) {
-		compareGolden(t, "hold-failed", &removal{path: PathDelete, pod: runningPod()}, failed)
+		compareGolden(t, "hold-failed", &removal{path: PathDelete, pod: runningPod(), user: authenticationv1.UserInfo{Username: "alice"}}, failed)
+	})
+	evicted := &removal{path: PathEviction, pod: &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "web-0"}}, user: authenticationv1.UserInfo{Username: "alice"}}
+	t.Run("eviction-of-no-pod", func(t *testing.T) {
+		compareGolden(t, "eviction-of-no-pod", evicted, decision{outcome: Denied, verdict: sandbox.NotAsked, reason: ReasonNoSuchPod})
+	})
+	t.Run("eviction-of-an-unreadable-pod", func(t *testing.T) {
+		compareGolden(t, "eviction-of-an-unreadable-pod", evicted, decision{outcome: Denied, verdict: sandbox.Unknown, reason: ReasonPodUnreadable,
+			situation: denying(evidence{failure: "the pod could not be read from the API server: connection refused"})})
 	})
 }
 
@@ -94,7 +106,9 @@ func compareGolden(t *testing.T, name string, r *removal, d decision) {
 	for _, warning := range response.Warnings {
 		got += "warning: " + warning + "\n"
 	}
-	got += fmt.Sprintf("event %s: %s\n", eventReasons[d.outcome], eventNote(r, d))
+	if r.pod.UID != "" {
+		got += fmt.Sprintf("event %s: %s\n", eventReasons[d.outcome], eventNote(r, d))
+	}
 	golden := filepath.Join("testdata", "messages", name+".txt")
 	if *update {
 		if err := os.WriteFile(golden, []byte(got), 0o644); err != nil {

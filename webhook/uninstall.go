@@ -10,12 +10,17 @@ import (
 
 	"github.com/spf13/cobra"
 	admissionregistrationv1 "k8s.io/api/admissionregistration/v1"
+	"k8s.io/apimachinery/pkg/util/wait"
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 )
 
 // freeAllTimeout bounds the whole of freeing every held pod.
 const freeAllTimeout = 4 * time.Minute
+
+// quietAfter is how long a request may still hold a pod after the webhook configurations are deleted: as long as the API
+// server waits for the webhook, with the chart's values, and until it has noticed.
+const quietAfter = 12 * time.Second
 
 // newFreeHeldCommand returns `eni-guard webhook free-held`, which the chart runs before it is uninstalled.
 func newFreeHeldCommand() *cobra.Command {
@@ -38,14 +43,14 @@ were held in between.`,
 			}
 			ctx, cancel := context.WithTimeout(cmd.Context(), freeAllTimeout)
 			defer cancel()
-			return freeAllHeld(ctx, api, cmd.OutOrStdout(), configurations)
+			return freeAllHeld(ctx, api, cmd.OutOrStdout(), configurations, quietAfter)
 		},
 	}
 	cmd.Flags().StringArrayVar(&configurations, "webhook-configuration", nil, "name of a ValidatingWebhookConfiguration to delete; may be given again")
 	return cmd
 }
 
-func freeAllHeld(ctx context.Context, api client.Client, out io.Writer, configurations []string) error {
+func freeAllHeld(ctx context.Context, api client.Client, out io.Writer, configurations []string, quiet time.Duration) error {
 	freed, err := freeHeldOnce(ctx, api, out)
 	if err != nil {
 		return err
@@ -58,14 +63,29 @@ func freeAllHeld(ctx context.Context, api client.Client, out io.Writer, configur
 		}
 	}
 	if len(configurations) > 0 {
-		more, err := freeHeldOnce(ctx, api, out)
+		more, err := freeLatecomers(ctx, api, out, quiet)
 		if err != nil {
-			return err
+			return fmt.Errorf("the guard is switched off: its webhook configurations are deleted. %w", err)
 		}
 		freed += more
 	}
 	fmt.Fprintf(out, "%d held pods were freed, none is left\n", freed)
 	return nil
+}
+
+// freeLatecomers frees pods that are held by requests that were under way when the webhook configurations were deleted,
+// until there have been none for as long as quiet.
+func freeLatecomers(ctx context.Context, api client.Client, out io.Writer, quiet time.Duration) (freed int, err error) {
+	since := time.Now()
+	err = wait.PollUntilContextCancel(ctx, quiet/10, true, func(ctx context.Context) (bool, error) {
+		more, err := freeHeldOnce(ctx, api, out)
+		if more > 0 {
+			since = time.Now()
+		}
+		freed += more
+		return time.Since(since) >= quiet, err
+	})
+	return freed, err
 }
 
 // freeHeldOnce frees the pods that are held now. Its error names every one that is left, and how to free it.

@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	admissionregistrationv1 "k8s.io/api/admissionregistration/v1"
 	corev1 "k8s.io/api/core/v1"
@@ -38,7 +39,7 @@ func TestFreeAllHeld(t *testing.T) {
 	api := fake.NewClientBuilder().WithObjects(heldPod("a"), heldPod("b", "example.com/other"), free,
 		configuration("eni-guard"), configuration("eni-guard-failing-open"), configuration("others")).Build()
 	var out strings.Builder
-	if err := freeAllHeld(t.Context(), api, &out, []string{"eni-guard", "eni-guard-failing-open", "never-was"}); err != nil {
+	if err := freeAllHeld(t.Context(), api, &out, []string{"eni-guard", "eni-guard-failing-open", "never-was"}, 50*time.Millisecond); err != nil {
 		t.Fatal(err)
 	}
 	want := "freed pod shop/a, which was held since 2026-01-02T03:04:05Z: pod shop/a is still alive.\n" +
@@ -74,11 +75,47 @@ func TestFreeAllHeldFreesPodsThatWereHeldInBetween(t *testing.T) {
 		},
 	})
 	var out strings.Builder
-	if err := freeAllHeld(t.Context(), api, &out, []string{"eni-guard"}); err != nil {
+	if err := freeAllHeld(t.Context(), api, &out, []string{"eni-guard"}, 50*time.Millisecond); err != nil {
 		t.Fatal(err)
 	}
 	if !strings.Contains(out.String(), "freed pod shop/late") || !strings.HasSuffix(out.String(), "\n2 held pods were freed, none is left\n") {
 		t.Errorf("it prints:\n%s", out.String())
+	}
+}
+
+// A review that was under way may hold a pod a while after the configurations are gone. If that one cannot be freed, it is said
+// that the guard is off already.
+func TestFreeAllHeldWaitsForLatecomers(t *testing.T) {
+	lists, stubborn := 0, false
+	api := interceptor.NewClient(fake.NewClientBuilder().WithObjects(configuration("eni-guard")).Build(), interceptor.Funcs{
+		List: func(ctx context.Context, c client.WithWatch, list client.ObjectList, options ...client.ListOption) error {
+			if lists++; lists == 4 {
+				late := heldPod("late")
+				late.DeletionTimestamp, late.DeletionGracePeriodSeconds = nil, nil
+				if err := c.Create(ctx, late); err != nil {
+					return err
+				}
+			}
+			return c.List(ctx, list, options...)
+		},
+		Patch: func(ctx context.Context, c client.WithWatch, object client.Object, patch client.Patch, options ...client.PatchOption) error {
+			if stubborn {
+				return errors.New("somebody refuses")
+			}
+			return c.Patch(ctx, object, patch, options...)
+		},
+	})
+	var out strings.Builder
+	if err := freeAllHeld(t.Context(), api, &out, []string{"eni-guard"}, time.Second); err != nil || !strings.Contains(out.String(), "freed pod shop/late") {
+		t.Errorf("%v; it prints:\n%s", err, out.String())
+	}
+	if err := api.Delete(t.Context(), heldPod("late")); err != nil {
+		t.Fatal(err)
+	}
+	lists, stubborn = 2, true
+	err := freeAllHeld(t.Context(), api, &out, []string{"eni-guard"}, time.Second)
+	if err == nil || !strings.HasPrefix(err.Error(), "the guard is switched off: its webhook configurations are deleted. pod shop/late is still held") {
+		t.Errorf("got %v", err)
 	}
 }
 
@@ -93,7 +130,7 @@ func TestFreeAllHeldNamesWhatIsLeft(t *testing.T) {
 		},
 	})
 	var out strings.Builder
-	err := freeAllHeld(t.Context(), api, &out, []string{"eni-guard"})
+	err := freeAllHeld(t.Context(), api, &out, []string{"eni-guard"}, 50*time.Millisecond)
 	if err == nil {
 		t.Fatal("no error")
 	}

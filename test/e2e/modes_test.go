@@ -67,6 +67,7 @@ func TestModeAuditLetsThroughAndTells(t *testing.T) {
 
 // The command goes through, as its author wants; the object stays, as everybody else needs.
 func TestAHeldStuckPodSaysWhyAndGoesWhenItIsReleased(t *testing.T) {
+	t.Parallel()
 	ns := moded(t, "hold")
 	stuck := stuckFS(t, ns)
 	pod := start(t, stuck.StuckPod(ns, "web-0"))
@@ -114,6 +115,7 @@ func TestAHeldStuckPodSaysWhyAndGoesWhenItIsReleased(t *testing.T) {
 
 // A slip of the pen must not open a namespace; and its author is told.
 func TestAModeThatIsNoneLeavesTheDefaultInForce(t *testing.T) {
+	t.Parallel()
 	ns := namespace(t)
 	kubectl(t, ns, "label", "namespace", ns, "eni-guard.io/mode=denny")
 	uid := types.UID(kubectl(t, ns, "get", "namespace", ns, "-o", "jsonpath={.metadata.uid}"))
@@ -142,6 +144,7 @@ func TestAModeThatIsNoneLeavesTheDefaultInForce(t *testing.T) {
 // There and back, while the pod runs. Each time the new mode counts from the moment its label is there, give or take the
 // moment in which the replicas learn of it.
 func TestAModeThatChangesTakesEffect(t *testing.T) {
+	t.Parallel()
 	ns := namespace(t)
 	pod := sleeper(t, ns, "web-0", nil)
 	dryRun := metav1.DeleteOptions{GracePeriodSeconds: forced.GracePeriodSeconds, DryRun: []string{metav1.DryRunAll}}

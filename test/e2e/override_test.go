@@ -29,6 +29,7 @@ const (
 
 // The annotation and the right, never one of them alone; here on the pod of the incident.
 func TestAnOverrideNeedsTheAnnotationAndTheRight(t *testing.T) {
+	t.Parallel()
 	ns := namespace(t)
 	stuck := stuckFS(t, ns)
 	pod := start(t, stuck.StuckPod(ns, "web-0"))
@@ -71,6 +72,7 @@ func TestAnOverrideNeedsTheAnnotationAndTheRight(t *testing.T) {
 
 // Every way in knows the override.
 func TestAnOverrideCountsForEveryWayIn(t *testing.T) {
+	t.Parallel()
 	ns := namespace(t)
 	_, operator := people(t, ns)
 	for i, w := range []way{byForcedDelete, byPlainDeleteWithoutTime, byForcedCollection, byForcedEviction, byPlainEvictionWithoutTime} {
@@ -93,6 +95,7 @@ func TestAnOverrideCountsForEveryWayIn(t *testing.T) {
 
 // One annotation must not be a way around the other: what is wrong with it is said, and it does not count.
 func TestAnOverrideHasAReasonAndAnEnd(t *testing.T) {
+	t.Parallel()
 	ns := namespace(t)
 	_, operator := people(t, ns)
 	pod := sleeper(t, ns, "web-0", nil)
@@ -121,6 +124,7 @@ func TestAnOverrideHasAReasonAndAnEnd(t *testing.T) {
 
 // What is held goes by the same override as what is refused.
 func TestAnOverrideOfAHeldPod(t *testing.T) {
+	t.Parallel()
 	ns := moded(t, "hold")
 	stuck := stuckFS(t, ns)
 	intern, operator := people(t, ns)

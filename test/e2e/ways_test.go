@@ -72,6 +72,7 @@ func TestPlainEvictionOfARunningPodWithoutTime(t *testing.T) {
 
 // ofARunningPod tries the way on a pod that nobody has told to end, in every mode.
 func (w way) ofARunningPod(t *testing.T) {
+	t.Parallel()
 	inEveryMode(t, func(t *testing.T, mode, ns string) {
 		pod := sleeper(t, ns, "web-0", w.change)
 		api := callAs(t, "")
@@ -104,6 +105,7 @@ func (w way) ofARunningPod(t *testing.T) {
 // Whoever deletes a namespace says nothing of time, so that a pod that gives itself none is never told to end, and the namespace
 // waits until somebody tells it.
 func TestADeletedNamespaceWaitsForARunningPodWithoutTime(t *testing.T) {
+	t.Parallel()
 	ns := "e2e-deleted-" + rand.String(5)
 	wentThrough(t, cluster.Namespace(t.Context(), ns, map[string]string{testLabel: "", "eni-guard.io/mode": "deny"}))
 	pod := sleeper(t, ns, "web-0", withoutTime)
@@ -123,6 +125,7 @@ func TestADeletedNamespaceWaitsForARunningPodWithoutTime(t *testing.T) {
 
 // The incident: the pod has been told to end, its process cannot, and somebody loses patience.
 func TestATerminatingStuckPod(t *testing.T) {
+	t.Parallel()
 	ways := map[string]way{
 		"forced delete":              byForcedDelete,
 		"forced collection delete":   byForcedCollection,
@@ -182,6 +185,7 @@ func TestATerminatingStuckPod(t *testing.T) {
 
 // Dry run in the Eviction's own deleteOptions does not show in the request, and must have no effect all the same.
 func TestForcedEvictionInDryRunChangesNothing(t *testing.T) {
+	t.Parallel()
 	inEveryMode(t, func(t *testing.T, mode, ns string) {
 		pod := sleeper(t, ns, "web-0", nil)
 		err := byForcedEvictionInDryRun.take(t.Context(), cluster, pod)
@@ -210,6 +214,7 @@ func TestForcedEvictionInDryRunChangesNothing(t *testing.T) {
 // With grace period 0 in its metadata a pod goes with any delete, one that asks for 30 s too. Here somebody else's finalizer
 // keeps it in between.
 func TestAStuckPodThatIsMarkedAlready(t *testing.T) {
+	t.Parallel()
 	inEveryMode(t, func(t *testing.T, mode, ns string) {
 		stuck := stuckFS(t, ns)
 		setMode(t, ns, "audit")
@@ -259,6 +264,7 @@ func TestAStuckPodThatIsMarkedAlready(t *testing.T) {
 
 // Controllers write phases too. To the API server a plain delete of a pod in phase Failed is a forced one.
 func TestPlainDeleteOfAStuckPodThatSomebodyCallsFailed(t *testing.T) {
+	t.Parallel()
 	inEveryMode(t, func(t *testing.T, mode, ns string) {
 		stuck := stuckFS(t, ns)
 		pod := start(t, stuck.StuckPod(ns, "web-0"))
@@ -297,6 +303,7 @@ func TestPlainDeleteOfAStuckPodThatSomebodyCallsFailed(t *testing.T) {
 
 // With this label a pod has no address of Terway's; given later, it frees the one that is in use.
 func TestAddingTheLabelThatFreesTheAddress(t *testing.T) {
+	t.Parallel()
 	const patch = `-p={"metadata":{"labels":{"` + ignoreLabel + `":"true"}}}`
 	inEveryMode(t, func(t *testing.T, mode, ns string) {
 		pod := sleeper(t, ns, "web-0", nil)
@@ -373,6 +380,7 @@ func TestOtherChangesOfPodsMakeNoCall(t *testing.T) {
 
 // With the last finalizer the API server removes a marked pod, and makes no DELETE call.
 func TestTakingTheFinalizerFromAHeldPod(t *testing.T) {
+	t.Parallel()
 	ns := moded(t, "hold")
 	stuck := stuckFS(t, ns)
 	pod, process := heldStuckPod(t, stuck, ns, "web-0")
