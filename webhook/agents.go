@@ -28,6 +28,8 @@ const (
 	answerMargin = 500 * time.Millisecond
 	// maxQuestions bounds how many questions one agent is asked at once, and how many connections to it are kept.
 	maxQuestions = 8
+	// maxWaits bounds how many questions wait for the release of pods of one node.
+	maxWaits = 16
 	// maxReportBytes bounds what is read of an answer.
 	maxReportBytes = 1 << 20
 )
@@ -39,13 +41,16 @@ type agents struct {
 	timeout time.Duration
 	// asking joins questions about the same pod that are asked at the same time into one.
 	asking singleflight.Group
-	nodes  nodeSlots
+	// questions and waits bound what one node is asked at once.
+	questions, waits nodeSlots
 }
 
 func newAgents(port string, timeout time.Duration, certificates mtls.Dir) *agents {
 	return &agents{
-		port:    port,
-		timeout: timeout,
+		port:      port,
+		timeout:   timeout,
+		questions: nodeSlots{limit: maxQuestions},
+		waits:     nodeSlots{limit: maxWaits},
 		http: &http.Client{
 			Transport: &http.Transport{
 				DialTLSContext:      certificates.Dialer(&net.Dialer{Timeout: timeout, KeepAlive: 30 * time.Second}, mtls.AgentName),
@@ -73,7 +78,7 @@ func (a *agents) ask(ctx context.Context, address string, query sandbox.Query) (
 	answer := a.asking.DoChan(fmt.Sprint(address, query), func() (any, error) {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), look+answerMargin)
 		defer cancel()
-		free, err := a.nodes.take(ctx, address)
+		free, err := a.questions.take(ctx, address)
 		if err != nil {
 			return sandbox.Report{}, err
 		}
@@ -89,10 +94,17 @@ func (a *agents) ask(ctx context.Context, address string, query sandbox.Query) (
 	}
 }
 
-// await asks the agent to answer when the pod is released, or after wait. Such a question does nothing but wait, so it
-// takes no place from others.
+// await asks the agent to answer when the pod is released, or after wait. Such questions take no places from the others; where
+// too many wait for a node already, it is a question like any other.
 func (a *agents) await(ctx context.Context, address string, query sandbox.Query, wait time.Duration) (sandbox.Report, error) {
-	ctx, cancel := context.WithTimeout(ctx, wait+a.timeout)
+	noPatience, cancel := context.WithCancel(ctx)
+	cancel()
+	free, err := a.waits.take(noPatience, address)
+	if err != nil {
+		return a.ask(ctx, address, query)
+	}
+	defer free()
+	ctx, cancel = context.WithTimeout(ctx, wait+a.timeout)
 	defer cancel()
 	return a.post(ctx, address, query, url.Values{"timeout": {(a.timeout - answerMargin).String()}, "wait": {wait.String()}})
 }
@@ -141,8 +153,9 @@ func (a *agents) post(ctx context.Context, address string, query sandbox.Query, 
 }
 
 // nodeSlots bounds how many questions one node is asked at once, so that a node that does not answer cannot use up the
-// webhook. The zero value is ready to use.
+// webhook.
 type nodeSlots struct {
+	limit int
 	mu    sync.Mutex
 	nodes map[string]*slots
 }
@@ -152,7 +165,7 @@ type slots struct {
 	users     int
 }
 
-// take waits for a place until the deadline of ctx; free gives it back.
+// take waits for a place until ctx ends; free gives it back. One that is free is had even if ctx has ended.
 func (n *nodeSlots) take(ctx context.Context, node string) (free func(), err error) {
 	n.mu.Lock()
 	if n.nodes == nil {
@@ -160,7 +173,7 @@ func (n *nodeSlots) take(ctx context.Context, node string) (free func(), err err
 	}
 	s := n.nodes[node]
 	if s == nil {
-		s = &slots{semaphore: make(chan struct{}, maxQuestions)}
+		s = &slots{semaphore: make(chan struct{}, n.limit)}
 		n.nodes[node] = s
 	}
 	s.users++
@@ -172,12 +185,18 @@ func (n *nodeSlots) take(ctx context.Context, node string) (free func(), err err
 			delete(n.nodes, node)
 		}
 	}
+	free = func() { <-s.semaphore; leave() }
 	select {
 	case s.semaphore <- struct{}{}:
-		return func() { <-s.semaphore; leave() }, nil
+		return free, nil
+	default:
+	}
+	select {
+	case s.semaphore <- struct{}{}:
+		return free, nil
 	case <-ctx.Done():
 		leave()
-		return nil, fmt.Errorf("could not be asked: %d other questions to it have not been answered", maxQuestions)
+		return nil, fmt.Errorf("could not be asked: %d other questions to it have not been answered", n.limit)
 	}
 }
 

@@ -230,7 +230,7 @@ func TestASilentNodeTakesNoMoreThanItsPlaces(t *testing.T) {
 		})
 	}
 	<-full
-	other, err := a.nodes.take(t.Context(), "192.0.2.8")
+	other, err := a.questions.take(t.Context(), "192.0.2.8")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -240,8 +240,8 @@ func TestASilentNodeTakesNoMoreThanItsPlaces(t *testing.T) {
 	if n := waiting.Load(); n != maxQuestions || refused.Load() == 0 {
 		t.Errorf("%d questions reached the agent, %d were refused", n, refused.Load())
 	}
-	if len(a.nodes.nodes) != 0 {
-		t.Errorf("%d nodes are remembered", len(a.nodes.nodes))
+	if len(a.questions.nodes) != 0 {
+		t.Errorf("%d nodes are remembered", len(a.questions.nodes))
 	}
 }
 
@@ -254,12 +254,30 @@ func TestAwait(t *testing.T) {
 		_ = json.NewEncoder(w).Encode(allProbes())
 	})
 	for range maxQuestions {
-		if _, err := a.nodes.take(t.Context(), address); err != nil {
+		if _, err := a.questions.take(t.Context(), address); err != nil {
 			t.Fatal(err)
 		}
 	}
 	report, err := a.await(t.Context(), address, webQuery, 20*time.Second)
 	if err != nil || report.Verdict() != sandbox.Released {
+		t.Errorf("got %s, %v", report.Verdict(), err)
+	}
+}
+
+// Where as many as may are waiting for a node, one more is asked and answered like any question.
+func TestTooManyWaitsAreQuestions(t *testing.T) {
+	a, address, _ := startAgent(t, 5*time.Second, func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Query().Has("wait") {
+			t.Errorf("asked with %s", r.URL.RawQuery)
+		}
+		_ = json.NewEncoder(w).Encode(allProbes(stuck()...))
+	})
+	for range maxWaits {
+		if _, err := a.waits.take(t.Context(), address); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if report, err := a.await(t.Context(), address, webQuery, 20*time.Second); err != nil || report.Verdict() != sandbox.Bound {
 		t.Errorf("got %s, %v", report.Verdict(), err)
 	}
 }

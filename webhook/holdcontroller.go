@@ -31,7 +31,8 @@ const (
 	// unmarkedFor is how long a pod may carry Finalizer without being deleted. The request that it was held for has failed if
 	// it takes longer: the API server ends a request after a minute.
 	unmarkedFor = 2 * time.Minute
-	// concurrentHolds bounds how many held pods are waited for at once. Waiting costs a connection, no work.
+	// concurrentHolds bounds how many held pods are waited for at once. Waiting costs the webhook a connection, and the agent a
+	// look every other second; nodes that do not answer keep maxWaits of them each.
 	concurrentHolds = 256
 	// listPage is how many pods are read at once where all have to be looked through.
 	listPage = 500
