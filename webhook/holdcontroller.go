@@ -28,6 +28,8 @@ const (
 	holdWait = 20 * time.Second
 	// holdRetry is the least time between two questions about one held pod.
 	holdRetry = 5 * time.Second
+	// conflictRetry is the pause before a pod is looked at again that has changed since it was read.
+	conflictRetry = time.Second
 	// unmarkedFor is how long a pod may carry Finalizer without being deleted. The request that it was held for has failed if
 	// it takes longer: the API server ends a request after a minute.
 	unmarkedFor = 2 * time.Minute
@@ -110,31 +112,28 @@ func (c *holdController) reconcileUnmarked(ctx context.Context, pod *corev1.Pod)
 	if left := since.Add(unmarkedFor).Sub(c.now()); err == nil && left > 0 {
 		return reconcile.Result{RequeueAfter: left}, nil
 	}
-	if err := c.holds.free(ctx, pod); err != nil {
-		return reconcile.Result{}, ignoreConflict(err)
+	// Only as it was read: a removal that has begun since relies on the finalizer.
+	if err := c.holds.free(ctx, pod); apierrors.IsConflict(err) {
+		return reconcile.Result{RequeueAfter: conflictRetry}, nil
+	} else if err != nil {
+		return reconcile.Result{}, err
 	}
 	c.log.Info("no longer holds a pod that is not being deleted", "namespace", pod.Namespace, "pod", pod.Name, "podUID", pod.UID)
 	return reconcile.Result{}, nil
 }
 
-// release frees a pod whose node has let go of it.
+// release frees a pod whose node has let go of it, whatever has changed since it was read: nothing brings that pod back.
 func (c *holdController) release(ctx context.Context, pod *corev1.Pod, d decision) error {
-	if err := c.holds.free(ctx, pod); err != nil {
-		return ignoreConflict(err)
+	anyVersion := pod.DeepCopy()
+	anyVersion.ResourceVersion = ""
+	if err := c.holds.free(ctx, anyVersion); err != nil {
+		return err
 	}
 	c.log.Info("freed a held pod", "reason", d.reason, "verdict", d.verdict, "namespace", pod.Namespace, "pod", pod.Name, "podUID", pod.UID,
 		"node", pod.Spec.NodeName, "podIPs", podIPs(pod), "heldSince", pod.Annotations[HeldSinceAnnotation], "evidence", evidenceWords(d))
 	c.events.Eventf(reference(pod), nil, corev1.EventTypeNormal, "HoldReleased", "release", "%s",
 		fmt.Sprintf("pod %s/%s is no longer held: %s", pod.Namespace, pod.Name, goneWords(d, pod.Spec.NodeName)))
 	return nil
-}
-
-// ignoreConflict: the pod has changed since it was read, and the change brings it back here.
-func ignoreConflict(err error) error {
-	if apierrors.IsConflict(err) {
-		return nil
-	}
-	return err
 }
 
 // keepLabelled looks after a pod that has left the cache: it is gone, or free, or has lost HeldLabel, without which

@@ -15,6 +15,7 @@ import (
 	"k8s.io/client-go/tools/events"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/client/interceptor"
+	"sigs.k8s.io/controller-runtime/pkg/event"
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 
 	"github.com/eni-guard/eni-guard/internal/sandbox"
@@ -227,7 +228,7 @@ func TestReconcileWritesOnlyNews(t *testing.T) {
 	}
 }
 
-// Conflict means that the pod has changed since it was read; the change brings it back.
+// Nothing is given up on: an error is tried again with a growing pause, a pod that has changed since it was read at once.
 func TestReconcileWhenFreeingFails(t *testing.T) {
 	conflict := apierrors.NewConflict(schema.GroupResource{Resource: "pods"}, "web-0", errors.New("changed"))
 	for name, c := range map[string]struct {
@@ -235,16 +236,17 @@ func TestReconcileWhenFreeingFails(t *testing.T) {
 		pod     *corev1.Pod
 		agent   agentFunc
 		fails   bool
+		again   time.Duration
 	}{
-		"conflict":              {conflict, heldOnNodeA(), finds(), false},
-		"conflict, not deleted": {conflict, heldOnNodeA(unmarked("")), neverAsked, false},
-		"refused":               {errors.New("no"), heldOnNodeA(), finds(), true},
-		"refused, not deleted":  {errors.New("no"), heldOnNodeA(unmarked("")), neverAsked, true},
+		"another pod's UID":     {conflict, heldOnNodeA(), finds(), true, 0},
+		"conflict, not deleted": {conflict, heldOnNodeA(unmarked("")), neverAsked, false, conflictRetry},
+		"refused":               {errors.New("no"), heldOnNodeA(), finds(), true, 0},
+		"refused, not deleted":  {errors.New("no"), heldOnNodeA(unmarked("")), neverAsked, true, 0},
 	} {
 		t.Run(name, func(t *testing.T) {
 			h := newHoldTest(c.agent, func(client.WithWatch, client.Object, client.Patch) error { return c.failure }, c.pod, nodeA())
-			if _, err := h.reconcile(t, c.pod); (err != nil) != c.fails {
-				t.Errorf("error %v", err)
+			if result, err := h.reconcile(t, c.pod); (err != nil) != c.fails || result.RequeueAfter != c.again {
+				t.Errorf("error %v, again after %s", err, result.RequeueAfter)
 			}
 			if got := state(h.now(t, c.pod)); got != "held" {
 				t.Errorf("the pod is %s", got)
@@ -254,7 +256,48 @@ func TestReconcileWhenFreeingFails(t *testing.T) {
 	}
 }
 
-// The pod is freed in the state in which it was judged, or not at all.
+// While the agent is waited for, the kubelet goes on writing the status of the pod.
+func TestAPodThatChangesMeanwhileIsFreed(t *testing.T) {
+	pod := heldOnNodeA()
+	var h *holdTest
+	h = newHoldTest(func(context.Context, string, sandbox.Query) (sandbox.Report, error) {
+		changed := h.now(t, pod)
+		changed.Status.Message = "containers have ended"
+		if err := h.api.Update(t.Context(), changed); err != nil {
+			t.Error(err)
+		}
+		return allProbes(), nil
+	}, nil, pod, nodeA())
+	if _, err := h.reconcile(t, pod); err != nil {
+		t.Fatal(err)
+	}
+	if got := state(h.now(t, pod)); got != "gone" {
+		t.Errorf("the pod is %s", got)
+	}
+}
+
+// What the controller is woken by, and what not: its own words above all.
+func TestChangesTheHold(t *testing.T) {
+	for name, test := range map[string]struct {
+		change func(*corev1.Pod)
+		want   bool
+	}{
+		"marked":         {terminating(new(int64(0))), true},
+		"freed":          {func(p *corev1.Pod) { p.Finalizers = nil }, true},
+		"held again":     {annotated(HeldSinceAnnotation, "2026-11-24T03:07:00Z"), true},
+		"explained":      {annotated(HeldBecauseAnnotation, "something else"), false},
+		"another status": {phase(corev1.PodFailed), false},
+	} {
+		before := runningPod(keptBy(Finalizer), annotated(HeldSinceAnnotation, "2026-11-24T03:00:00Z"))
+		after := before.DeepCopy()
+		test.change(after)
+		if got := changesTheHold.Update(event.UpdateEvent{ObjectOld: before, ObjectNew: after}); got != test.want {
+			t.Errorf("%s: %v", name, got)
+		}
+	}
+}
+
+// A pod that nobody deletes is freed in the state in which it was read, or not at all.
 func TestFreeingIsBoundToWhatWasJudged(t *testing.T) {
 	pod := heldOnNodeA()
 	h := newHoldTest(finds(), nil, pod, nodeA())
