@@ -160,7 +160,7 @@ func (o options) run(ctx context.Context, log logr.Logger, p policy) error {
 		// Half the time that the kubelet gives, or the lease is not given back and the next leader waits for its end.
 		GracefulShutdownTimeout: new(15 * time.Second),
 		// An API server that is away for a moment must not end the leader, which also answers reviews.
-		LeaseDuration: new(40 * time.Second), RenewDeadline: new(30 * time.Second), RetryPeriod: new(4 * time.Second),
+		LeaseDuration: new(20 * time.Second), RenewDeadline: new(15 * time.Second), RetryPeriod: new(3 * time.Second),
 	})
 	if err != nil {
 		return fmt.Errorf("setting up: %w", err)

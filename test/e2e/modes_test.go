@@ -122,7 +122,7 @@ func TestAModeThatIsNoneLeavesTheDefaultInForce(t *testing.T) {
 	pod := sleeper(t, ns, "web-0", nil)
 	refused(t, forceDelete(t, pod), "is still alive")
 	decided(t, pod, "deny delete denied bound SandboxBound")
-	wentThrough(t, incident.Wait(t.Context(), 30*time.Second, "an Event about the namespace", func(context.Context) error {
+	wentThrough(t, incident.Wait(t.Context(), time.Minute, "an Event about the namespace", func(context.Context) error {
 		found := events(t, "default", uid)
 		if len(found) != 1 || found[0].Reason != "InvalidMode" || found[0].Regarding.Kind != "Namespace" || !strings.Contains(found[0].Note, `"denny" is not a mode: use deny, hold, audit or off`) {
 			return fmt.Errorf("there are %d: %v", len(found), found)
