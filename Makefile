@@ -71,7 +71,7 @@ build: go ## Build bin/eni-guard
 
 bench: install ## Run the benchmarks, those of one part on one core, those end to end on the cluster
 	go test -run '^$$' -bench . -benchmem -cpu 1 ./webhook/... ./internal/...
-	go test -run '^$$' -bench . -benchtime 40x -timeout 20m ./test/e2e
+	go test -run '^$$' -bench . -benchtime 20x -timeout 20m ./test/e2e
 
 fuzz: go ## Look for input that does harm; FUZZTIME=10m looks longer
 	go test ./webhook -run '^$$' -fuzz FuzzReview -fuzztime $(FUZZTIME) -fuzzminimizetime 10x

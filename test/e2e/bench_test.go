@@ -37,9 +37,14 @@ func BenchmarkForcedDeleteThatGoesThrough(b *testing.B) {
 			}
 			pods[ns] = append(pods[ns], pod)
 			all.Go(func() {
-				if err := incident.Wait(b.Context(), 5*time.Minute, "pod "+pod.Name+" to be released", func(ctx context.Context) error {
-					return forceDeletePod(ctx, pod, metav1.DryRunAll)
-				}); err != nil {
+				// Before it has started, nothing of it is on the node either.
+				err := cluster.AwaitFinished(b.Context(), pod)
+				if err == nil {
+					err = incident.Wait(b.Context(), time.Minute, "pod "+pod.Name+" to be released", func(ctx context.Context) error {
+						return forceDeletePod(ctx, pod, metav1.DryRunAll)
+					})
+				}
+				if err != nil {
 					b.Error(err)
 				}
 			})
