@@ -132,27 +132,31 @@ func (g *Guard) judge(ctx context.Context, r *removal) decision {
 	return decide(s)
 }
 
-// mode is what the label of a namespace says, or the default. What would let more through than the default does not
-// come from a cache that may lag.
+// mode is what the label of a namespace says, or the default. What would let removals through does not come from a cache
+// that may lag; and where the API server cannot be asked, it may be that the namespace does not want that.
 func (g *Guard) mode(ctx context.Context, namespace string) Mode {
-	mode := g.readMode(ctx, g.cached, namespace)
-	if mode == ModeAudit || mode == ModeOff {
-		mode = g.readMode(ctx, g.live, namespace)
+	mode, err := g.readMode(ctx, g.cached, namespace)
+	if err != nil || mode == ModeAudit || mode == ModeOff {
+		mode, err = g.readMode(ctx, g.live, namespace)
+	}
+	if err != nil {
+		return ModeDeny
 	}
 	return mode
 }
 
-func (g *Guard) readMode(ctx context.Context, from client.Reader, name string) Mode {
+// readMode reads the mode of a namespace; the default is that of one that is gone, too.
+func (g *Guard) readMode(ctx context.Context, from client.Reader, name string) (Mode, error) {
 	namespace := &metav1.PartialObjectMetadata{}
 	namespace.SetGroupVersionKind(corev1.SchemeGroupVersion.WithKind("Namespace"))
-	if err := from.Get(ctx, types.NamespacedName{Name: name}, namespace); err != nil {
-		return g.policy.mode
+	if err := from.Get(ctx, types.NamespacedName{Name: name}, namespace); client.IgnoreNotFound(err) != nil {
+		return "", err
 	}
 	// A label of another value is reported by the controller in namespaces.go.
 	if mode, err := parseMode(namespace.Labels[ModeLabel]); err == nil {
-		return mode
+		return mode, nil
 	}
-	return g.policy.mode
+	return g.policy.mode, nil
 }
 
 // excluded says whether a node is one of those without an agent.

@@ -209,8 +209,11 @@ func TestOnlyTheLiveNamespaceWeakens(t *testing.T) {
 			t.Errorf("cached %s, deny in truth: got %s", mode, got)
 		}
 		guard.live = failingReader{}
-		if got := guard.mode(t.Context(), "shop"); got != ModeDeny {
-			t.Errorf("cached %s, the API server does not answer: got %s", mode, got)
+		for _, standard := range []Mode{ModeDeny, ModeHold, ModeAudit, ModeOff} {
+			guard.policy.mode = standard
+			if got := guard.mode(t.Context(), "shop"); got != ModeDeny {
+				t.Errorf("cached %s, default %s, the API server does not answer: got %s", mode, standard, got)
+			}
 		}
 	}
 }

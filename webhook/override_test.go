@@ -64,7 +64,8 @@ func TestAuthorise(t *testing.T) {
 		if user.Username == "carol" {
 			return false, errors.New("connection refused")
 		}
-		return user.Username == "alice" && pod.Name == "web-0", nil
+		// By a group, as rights mostly are.
+		return user.Username == "alice" && user.UID == "42" && len(user.Groups) == 1 && len(user.Extra) == 1 && pod.Name == "web-0", nil
 	})
 	for _, test := range []struct {
 		name, user string
@@ -81,7 +82,9 @@ func TestAuthorise(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			asked = 0
-			got := authorise(t.Context(), access, test.override, authenticationv1.UserInfo{Username: test.user}, runningPod())
+			got := authorise(t.Context(), access, test.override, authenticationv1.UserInfo{
+				Username: test.user, UID: "42", Groups: []string{"ops"}, Extra: map[string]authenticationv1.ExtraValue{"scopes": {"a"}},
+			}, runningPod())
 			if got.authorised != test.authorised || got.refused != test.refused || asked != test.asked {
 				t.Errorf("got %+v after %d questions", got, asked)
 			}
