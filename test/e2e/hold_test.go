@@ -227,14 +227,29 @@ func TestAPodWhoseNodeDoesNotAnswerIsHeld(t *testing.T) {
 	resume := pause(t, "/eni-guard", "agent")
 	pod, release := heldUntilReleased(t, ns)
 	decided(t, pod, "hold delete held unknown NoAnswer")
-	because := func() string { return read(t, pod).Annotations["eni-guard.io/held-because"] }
-	if got := because(); !strings.HasPrefix(got, "cannot tell whether pod "+pod.Namespace+"/payment-0 is still alive on node node-1: the agent of node node-1 did not answer within 5s") {
+	if got := because(t, pod); !strings.HasPrefix(got, "cannot tell whether pod "+pod.Namespace+"/payment-0 is still alive on node node-1: the agent of node node-1 did not answer within 5s") {
 		t.Errorf("it is held because %q", got)
 	}
 	resume()
 	restored(t)
-	err := incident.Wait(t.Context(), time.Minute, "the reason to be brought up to date", func(context.Context) error {
-		if got := because(); !strings.Contains(got, "is still alive on node node-1") || !strings.Contains(got, "(dd)") {
+	awaitBecause(t, pod, "the reason to be brought up to date", func(got string) bool {
+		return strings.Contains(got, "is still alive on node node-1") && strings.Contains(got, "(dd)")
+	})
+	stillHeld(t, pod)
+	release()
+	freed(t, pod, time.Minute, "SandboxReleased", "is no longer held")
+}
+
+// because is what the guard says on a held pod of why it holds it.
+func because(t *testing.T, pod *corev1.Pod) string {
+	t.Helper()
+	return read(t, pod).Annotations["eni-guard.io/held-because"]
+}
+
+func awaitBecause(t *testing.T, pod *corev1.Pod, what string, right func(string) bool) {
+	t.Helper()
+	err := incident.Wait(t.Context(), time.Minute, what, func(context.Context) error {
+		if got := because(t, pod); !right(got) {
 			return errors.New(got)
 		}
 		return nil
@@ -242,9 +257,6 @@ func TestAPodWhoseNodeDoesNotAnswerIsHeld(t *testing.T) {
 	if err != nil {
 		t.Error(err)
 	}
-	stillHeld(t, pod)
-	release()
-	freed(t, pod, time.Minute, "SandboxReleased", "is no longer held")
 }
 
 // The controller watches held pods by their label, which anybody may change who may change pods.
@@ -410,15 +422,7 @@ func TestARebootOfTheNodeFreesAHeldPod(t *testing.T) {
 	wentThrough(t, err)
 	wentThrough(t, errors.Join(syscall.Unmount(netns, syscall.MNT_DETACH), os.Remove(netns)))
 	// The kernel has nothing left of it now. But the runtime cannot be asked, so that is not known for certain.
-	err = incident.Wait(t.Context(), time.Minute, "the guard to say that it cannot tell", func(context.Context) error {
-		if got := read(t, pod).Annotations["eni-guard.io/held-because"]; !strings.HasPrefix(got, "cannot tell") {
-			return errors.New(got)
-		}
-		return nil
-	})
-	if err != nil {
-		t.Error(err)
-	}
+	awaitBecause(t, pod, "the guard to say that it cannot tell", func(got string) bool { return strings.HasPrefix(got, "cannot tell") })
 	stillHeld(t, pod)
 
 	startRuntime()
