@@ -43,7 +43,7 @@ test-cluster: go bin/cluster ## Test hack/cluster: eni-sim, stuckfs, and that cl
 	go -C hack/cluster test -timeout 15m -p 1 ./...
 
 test-e2e: install ## Run the end-to-end tests on the cluster
-	go test -count=1 -timeout 20m -parallel 6 -v ./test/e2e
+	go test -count=1 -timeout 20m -parallel 8 -v ./test/e2e
 
 cluster-up: bin/cluster ## Start a real one-node Kubernetes, anew if a part of it has died; kubeconfig in .cluster/kubeconfig
 	@$(CLUSTER) up --gc-period $(GC_PERIOD) --pool-size $(POOL_SIZE)

@@ -528,6 +528,18 @@ func TestATerminalPhaseIsReported(t *testing.T) {
 	if len(lines) != 1 || !strings.Contains(lines[0], "too many terminal phases at once") {
 		t.Errorf("logged %q", lines)
 	}
+	// Those without an address of Terway's are not looked into at all, so that nothing is said of places.
+	lines = nil
+	for _, pod := range []*corev1.Pod{
+		ignoredPod(0), runningPod(func(p *corev1.Pod) { p.Spec.HostNetwork = true }), runningPod(func(p *corev1.Pod) { p.Spec.NodeName = "" }),
+	} {
+		finished := pod.DeepCopy()
+		finished.Status.Phase = corev1.PodFailed
+		reviewed(t, guard, &lines, updateRequest(t, pod, finished, "status"))
+	}
+	if len(lines) != 0 {
+		t.Errorf("logged %q", lines)
+	}
 }
 
 // Pods that were held have lost their addresses in the status by the time they are asked about.

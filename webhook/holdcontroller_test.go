@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/go-logr/logr"
@@ -353,4 +354,28 @@ func TestFindUnlabelled(t *testing.T) {
 	if now := h.now(t, other); len(now.Labels) > 0 || !slices.Equal(now.Finalizers, []string{"example.com/other"}) {
 		t.Errorf("another pod has changed: %v", now.ObjectMeta)
 	}
+}
+
+// What cannot be read at first is read later: nobody else would find these pods.
+func TestFindUnlabelledTriesAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		lost := heldOnNodeA(func(pod *corev1.Pod) { delete(pod.Labels, HeldLabel) })
+		h := newHoldTest(neverAsked, nil, lost)
+		failures := 1
+		h.live = interceptor.NewClient(h.live.(client.WithWatch), interceptor.Funcs{
+			List: func(ctx context.Context, c client.WithWatch, list client.ObjectList, options ...client.ListOption) error {
+				if failures > 0 {
+					failures--
+					return errors.New("etcd is away")
+				}
+				return c.List(ctx, list, options...)
+			},
+		})
+		if err := h.findUnlabelled(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if got := h.now(t, lost).Labels[HeldLabel]; got != "true" {
+			t.Errorf("the label is %q", got)
+		}
+	})
 }

@@ -26,34 +26,36 @@ import (
 // two tests run beside each other.
 func TestThePodGarbageCollectorRemovesPodsOfANodeThatIsGone(t *testing.T) {
 	t.Parallel()
-	ns := moded(t, "deny")
-	node := ghost(t, nil)
-	pod := haunt(t, ns, node)
-	wentThrough(t, cluster.CoreV1().Nodes().Delete(t.Context(), node, metav1.DeleteOptions{}))
-	collected(t, pod, "NodeGone")
+	inEveryMode(t, func(t *testing.T, mode, ns string) {
+		node := ghost(t, nil)
+		pod := haunt(t, ns, node)
+		wentThrough(t, cluster.CoreV1().Nodes().Delete(t.Context(), node, metav1.DeleteOptions{}))
+		collected(t, pod, mode+" delete allowed unknown NodeGone")
+	})
 }
 
 func TestThePodGarbageCollectorRemovesPodsOfANodeOutOfService(t *testing.T) {
 	t.Parallel()
-	ns := moded(t, "deny")
-	node := ghost(t, nil)
-	pod := haunt(t, ns, node)
-	// There is no kubelet to finish it.
-	wentThrough(t, plainDelete(t.Context(), cluster, pod))
-	if now := read(t, pod); now.DeletionTimestamp == nil {
-		t.Fatal("the pod is not being deleted")
-	}
-	outOfService(t, node)
-	collected(t, pod, "NodeOutOfService")
+	inEveryMode(t, func(t *testing.T, mode, ns string) {
+		node := ghost(t, nil)
+		pod := haunt(t, ns, node)
+		// There is no kubelet to finish it.
+		wentThrough(t, plainDelete(t.Context(), cluster, pod))
+		if now := read(t, pod); now.DeletionTimestamp == nil {
+			t.Fatal("the pod is not being deleted")
+		}
+		outOfService(t, node)
+		collected(t, pod, mode+" delete allowed unknown NodeOutOfService")
+	})
 }
 
 // collected waits until the garbage collector of pods has removed a pod.
-func collected(t *testing.T, pod *corev1.Pod, reason string) {
+func collected(t *testing.T, pod *corev1.Pod, want string) {
 	t.Helper()
 	wentThrough(t, incident.Wait(t.Context(), 3*time.Minute, "the garbage collector to remove pod "+pod.Name, func(ctx context.Context) error {
 		return cluster.Gone(ctx, pod)
 	}))
-	record := decided(t, pod, "deny delete allowed unknown "+reason)
+	record := decided(t, pod, want)
 	if record.User.Username != "system:serviceaccount:kube-system:pod-garbage-collector" {
 		t.Errorf("removed by %s", record.User.Username)
 	}
@@ -111,61 +113,56 @@ func TestADeletedNamespaceWaitsForItsStuckPod(t *testing.T) {
 // The object of a static pod only mirrors what runs on the node. It can be deleted, and comes back by itself.
 func TestTheMirrorOfAStaticPodCanBeDeleted(t *testing.T) {
 	t.Parallel()
-	ns := moded(t, "deny")
-	name := "static-" + rand.String(5)
-	manifest := incident.Pod(ns, name, []string{"sleep", "86400"}, nil)
-	manifest.APIVersion, manifest.Kind = "v1", "Pod"
-	content, err := json.Marshal(manifest)
-	wentThrough(t, err)
-	dir := filepath.Join(incident.DataDir, "static-pods")
-	if _, err := os.Stat(dir); err != nil {
-		t.Fatalf("the node has no directory of static pods (`make cluster-down install` makes it): %v", err)
-	}
-	file := filepath.Join(dir, name+".json")
-	// The kubelet must not read half a file; it leaves those alone that start with a dot.
-	wentThrough(t, os.WriteFile(filepath.Join(dir, "."+name), content, 0o600))
-	wentThrough(t, os.Rename(filepath.Join(dir, "."+name), file))
-	t.Cleanup(func() {
-		if err := os.Remove(file); err != nil && !errors.Is(err, os.ErrNotExist) {
-			t.Error(err)
+	inEveryMode(t, func(t *testing.T, mode, ns string) {
+		name := "static-" + rand.String(5)
+		manifest := incident.Pod(ns, name, []string{"sleep", "86400"}, nil)
+		manifest.APIVersion, manifest.Kind = "v1", "Pod"
+		content, err := json.Marshal(manifest)
+		wentThrough(t, err)
+		dir := filepath.Join(incident.DataDir, "static-pods")
+		if _, err := os.Stat(dir); err != nil {
+			t.Fatalf("the node has no directory of static pods (`make cluster-down install` makes it): %v", err)
 		}
+		file := filepath.Join(dir, name+".json")
+		// The kubelet must not read half a file; it leaves those alone that start with a dot.
+		wentThrough(t, os.WriteFile(filepath.Join(dir, "."+name), content, 0o600))
+		wentThrough(t, os.Rename(filepath.Join(dir, "."+name), file))
+		t.Cleanup(func() {
+			if err := os.Remove(file); err != nil && !errors.Is(err, os.ErrNotExist) {
+				t.Error(err)
+			}
+		})
+		mirror, err := cluster.AwaitStarted(t.Context(), ns, name+"-"+incident.Node)
+		wentThrough(t, err)
+		if mirror.Annotations[corev1.MirrorPodAnnotationKey] == "" || mirror.Spec.HostNetwork {
+			t.Fatalf("not the mirror of a static pod with an address of its own: %v", mirror.Annotations)
+		}
+		wentThrough(t, forceDelete(t, mirror))
+		decided(t, mirror, mode+" delete exempt not-asked MirrorPod")
+		wentThrough(t, cluster.AwaitGone(t.Context(), mirror))
+		again, err := cluster.AwaitStarted(t.Context(), ns, mirror.Name)
+		wentThrough(t, err)
+		if again.Status.PodIP != mirror.Status.PodIP {
+			t.Errorf("the static pod had %s, has %s", mirror.Status.PodIP, again.Status.PodIP)
+		}
+		wentThrough(t, os.Remove(file))
+		wentThrough(t, cluster.AwaitGone(t.Context(), again))
 	})
-	mirror, err := cluster.AwaitStarted(t.Context(), ns, name+"-"+incident.Node)
-	wentThrough(t, err)
-	if mirror.Annotations[corev1.MirrorPodAnnotationKey] == "" || mirror.Spec.HostNetwork {
-		t.Fatalf("not the mirror of a static pod with an address of its own: %v", mirror.Annotations)
-	}
-	wentThrough(t, forceDelete(t, mirror))
-	decided(t, mirror, "deny delete exempt not-asked MirrorPod")
-	wentThrough(t, cluster.AwaitGone(t.Context(), mirror))
-	again, err := cluster.AwaitStarted(t.Context(), ns, mirror.Name)
-	wentThrough(t, err)
-	if again.Status.PodIP != mirror.Status.PodIP {
-		t.Errorf("the static pod had %s, has %s", mirror.Status.PodIP, again.Status.PodIP)
-	}
-	wentThrough(t, os.Remove(file))
-	wentThrough(t, cluster.AwaitGone(t.Context(), again))
 }
 
 // Nodes without an agent are named by labels.
 func TestPodsOfNodesThatAreExcludedAreNotGuarded(t *testing.T) {
 	t.Parallel()
-	ns := moded(t, "deny")
-	for name, labels := range map[string]map[string]string{
-		"a virtual one": {"type": "virtual-kubelet"},
-		"Windows":       {corev1.LabelOSStable: "windows"},
-	} {
-		t.Run(name, func(t *testing.T) {
+	inEveryMode(t, func(t *testing.T, mode, ns string) {
+		for _, labels := range []map[string]string{{"type": "virtual-kubelet"}, {corev1.LabelOSStable: "windows"}} {
 			pod := haunt(t, ns, ghost(t, labels))
-			// The webhook watches nodes; until it has seen this one, it refuses.
-			wentThrough(t, incident.Wait(t.Context(), 10*time.Second, "the forced delete to go through", func(ctx context.Context) error {
-				return cluster.CoreV1().Pods(ns).Delete(ctx, pod.Name, forced)
-			}))
+			wentThrough(t, forceDelete(t, pod))
 			wentThrough(t, cluster.Gone(t.Context(), pod))
-			decided(t, pod, "deny delete exempt not-asked ExcludedNode")
-		})
-	}
+			decided(t, pod, mode+" delete exempt not-asked ExcludedNode")
+		}
+	})
 	t.Run("any other", func(t *testing.T) {
+		ns := moded(t, "deny")
 		node := ghost(t, map[string]string{"type": "virtual", corev1.LabelOSStable: "plan9"})
 		pod := haunt(t, ns, node)
 		refused(t, forceDelete(t, pod), "the agent of node "+node+" does not run", "nothing listens at 127.0.0.1:9807")
@@ -176,12 +173,11 @@ func TestPodsOfNodesThatAreExcludedAreNotGuarded(t *testing.T) {
 // A pod that Terway has never given an address cannot lose one. One that was told later to be left alone can.
 func TestOnlyAPodThatTerwayHasAlwaysIgnoredIsNotGuarded(t *testing.T) {
 	t.Parallel()
-	t.Run("since its creation", func(t *testing.T) {
-		t.Parallel()
-		pod := sleeper(t, moded(t, "deny"), "web-0", func(p *corev1.Pod) { p.Labels = map[string]string{ignoreLabel: "true"} })
+	inEveryMode(t, func(t *testing.T, mode, ns string) {
+		pod := sleeper(t, ns, "web-0", func(p *corev1.Pod) { p.Labels = map[string]string{ignoreLabel: "true"} })
 		wentThrough(t, forceDelete(t, pod))
 		wentThrough(t, cluster.Gone(t.Context(), pod))
-		decided(t, pod, "deny delete exempt not-asked IgnoredByTerway")
+		decided(t, pod, mode+" delete exempt not-asked IgnoredByTerway")
 	})
 	t.Run("since the namespace was off", func(t *testing.T) {
 		t.Parallel()

@@ -81,54 +81,60 @@ func TestAnAgentThatDoesNotAnswerInTime(t *testing.T) {
 
 // Cleaning up finished pods must not depend on the agent: what the kubelet has reported of the containers is enough.
 func TestAFinishedPodCanBeDeletedWithoutAnAgent(t *testing.T) {
-	pod := start(t, incident.Pod(namespace(t), "job-1", []string{"true"}, func(p *corev1.Pod) { p.Spec.RestartPolicy = corev1.RestartPolicyNever }))
-	if err := cluster.AwaitFinished(t.Context(), pod); err != nil {
-		t.Fatal(err)
+	pods := map[string]*corev1.Pod{}
+	for _, mode := range []string{"deny", "hold", "audit"} {
+		pods[mode] = finished(t, moded(t, mode), nil)
 	}
 	resume := pause(t, "/eni-guard", "agent")
-	err := cluster.CoreV1().Pods(pod.Namespace).Delete(t.Context(), pod.Name, metav1.DeleteOptions{})
+	var errs []error
+	for _, pod := range pods {
+		errs = append(errs, plainDelete(t.Context(), cluster, pod))
+	}
 	resume()
 	restored(t)
-	if err := errors.Join(err, cluster.Gone(t.Context(), pod)); err != nil {
-		t.Fatal(err)
+	wentThrough(t, errors.Join(errs...))
+	for mode, pod := range pods {
+		wentThrough(t, cluster.Gone(t.Context(), pod))
+		decided(t, pod, mode+" delete allowed unknown ContainersTerminated")
 	}
-	expectRecord(t, pod, "allowed", "unknown", "ContainersTerminated")
 }
 
 func TestAnAgentThatDoesNotRun(t *testing.T) {
 	pod := sleeper(t, namespace(t), "web-0", nil)
-	selectNode := func(ctx context.Context, value string) error {
-		patch := fmt.Sprintf(`[{"op":"add","path":"/spec/template/spec/nodeSelector/eni-guard-test","value":%q}]`, value)
-		if value == "" {
-			patch = `[{"op":"remove","path":"/spec/template/spec/nodeSelector/eni-guard-test"}]`
+	restart := withoutAgent(t)
+	err := forceDelete(t, pod)
+	restart()
+	refused(t, err, "the agent of node node-1 does not run: nothing listens at 10.111.0.1:9807")
+	kept(t, pod)
+	expectRecord(t, pod, "denied", "unknown", "NoAnswer")
+}
+
+// withoutAgent ends the agent, and returns how to start it again, which happens at the end of the test at the latest.
+func withoutAgent(t *testing.T) (restart func()) {
+	t.Helper()
+	patch := func(patch string) {
+		if out, err := cluster.Kubectl(context.Background(), "-n", incident.GuardNamespace, "patch", "daemonset", "eni-guard-agent", "--type=json", "-p", patch); err != nil {
+			t.Fatalf("%v: %s", err, out)
 		}
-		out, err := cluster.Kubectl(ctx, "-n", incident.GuardNamespace, "patch", "daemonset", "eni-guard-agent", "--type=json", "-p", patch)
-		if err != nil {
-			return errors.New(out)
+	}
+	ended := true
+	restart = func() {
+		if ended {
+			ended = false
+			patch(`[{"op":"remove","path":"/spec/template/spec/nodeSelector/eni-guard-test"}]`)
+			restored(t)
 		}
-		return nil
 	}
-	if err := selectNode(t.Context(), "nowhere"); err != nil {
-		t.Fatal(err)
-	}
-	err := incident.Wait(t.Context(), time.Minute, "the agent to end", func(ctx context.Context) error {
+	t.Cleanup(restart)
+	patch(`[{"op":"add","path":"/spec/template/spec/nodeSelector/eni-guard-test","value":"nowhere"}]`)
+	wentThrough(t, incident.Wait(t.Context(), time.Minute, "the agent to end", func(ctx context.Context) error {
 		conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", "10.111.0.1:9807")
 		if err == nil {
 			return errors.Join(errors.New("it listens"), conn.Close())
 		}
 		return nil
-	})
-	var refusal error
-	if err == nil {
-		refusal = forceDelete(t, pod)
-	}
-	if err := errors.Join(err, selectNode(context.Background(), "")); err != nil {
-		t.Fatal(err)
-	}
-	restored(t)
-	refused(t, refusal, "the agent of node node-1 does not run: nothing listens at 10.111.0.1:9807")
-	kept(t, pod)
-	expectRecord(t, pod, "denied", "unknown", "NoAnswer")
+	}))
+	return restart
 }
 
 // The kernel has the last word: with the runtime hanging, the pod's processes are found all the same.
@@ -151,19 +157,25 @@ func TestARuntimeThatDoesNotAnswer(t *testing.T) {
 
 // With every replica down, forced removals are refused by the API server itself, and nothing else is blocked.
 func TestWithoutAnyWebhook(t *testing.T) {
-	ns := namespace(t)
-	pod := sleeper(t, ns, "web-0", nil)
+	var pods []*corev1.Pod
+	for _, mode := range []string{"deny", "hold", "audit"} {
+		pods = append(pods, sleeper(t, moded(t, mode), "web-0", nil))
+	}
 	withoutWebhook(t)
-	err := forceDelete(t, pod)
-	if err == nil || !strings.Contains(err.Error(), `failed calling webhook "force-delete.eni-guard.io"`) {
-		t.Errorf("a forced delete: %v", err)
+	for _, pod := range pods {
+		err := forceDelete(t, pod)
+		if err == nil || !strings.Contains(err.Error(), `failed calling webhook "force-delete.eni-guard.io"`) {
+			t.Errorf("a forced delete: %v", err)
+		}
+		kept(t, pod)
+		if err := plainDelete(t.Context(), cluster, pod); err != nil {
+			t.Errorf("a graceful delete: %v", err)
+		}
 	}
-	kept(t, pod)
-	if err := cluster.CoreV1().Pods(ns).Delete(t.Context(), pod.Name, metav1.DeleteOptions{}); err != nil {
-		t.Errorf("a graceful delete: %v", err)
-	}
-	if err := cluster.AwaitGone(t.Context(), pod); err != nil {
-		t.Errorf("the kubelet's delete: %v", err)
+	for _, pod := range pods {
+		if err := cluster.AwaitGone(t.Context(), pod); err != nil {
+			t.Errorf("the kubelet's delete: %v", err)
+		}
 	}
 }
 

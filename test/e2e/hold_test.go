@@ -399,6 +399,43 @@ func onlyOther(err error) error {
 	return nil
 }
 
+// Its containers have ended, and what is left is a sandbox with its address, which the runtime cannot get rid of. Nothing of
+// that is in the pod's status.
+func TestAHeldPodOfWhichOnlyTheSandboxIsLeft(t *testing.T) {
+	ns := moded(t, "hold")
+	pod := sleeper(t, ns, "web-0", nil)
+	lock, err := os.OpenFile(filepath.Join(incident.DataDir, "eni-sim", "lock"), os.O_RDONLY, 0)
+	wentThrough(t, err)
+	// Closing it gives the lock back.
+	t.Cleanup(func() { _ = lock.Close() })
+	// Until then the CNI plugin takes no address and frees none, and so no sandbox ends.
+	wentThrough(t, syscall.Flock(int(lock.Fd()), syscall.LOCK_EX))
+	wentThrough(t, forceDelete(t, pod))
+	wentThrough(t, incident.Wait(t.Context(), time.Minute, "the containers of the pod to end", func(context.Context) error {
+		left := incident.Processes(pod)
+		if slices.ContainsFunc(left, func(p incident.Process) bool { return p.Command != "pause" }) {
+			return fmt.Errorf("there are %+v", left)
+		}
+		return nil
+	}))
+	onlySandbox := func() {
+		t.Helper()
+		awaitBecause(t, pod, "the guard to see nothing but the sandbox", func(got string) bool {
+			return strings.Contains(got, "is still alive on node node-1: ") && strings.Contains(got, "; sandbox ") &&
+				strings.Contains(got, "address "+pod.Status.PodIP+" still in use") && !strings.Contains(got, "container ")
+		})
+		stillHeld(t, pod)
+	}
+	onlySandbox()
+	restart := withoutAgent(t)
+	awaitBecause(t, pod, "the guard to say that it cannot tell", func(got string) bool { return strings.HasPrefix(got, "cannot tell") })
+	stillHeld(t, pod)
+	restart()
+	onlySandbox()
+	wentThrough(t, lock.Close())
+	freed(t, pod, 3*time.Minute, "SandboxReleased", "is no longer held: nothing of it is left on node node-1")
+}
+
 // A reboot is how a node gets rid of a process that nothing can kill. Everything of the pod's sandbox goes without a word
 // to the runtime, which then starts, and the kubelet after it.
 func TestARebootOfTheNodeFreesAHeldPod(t *testing.T) {

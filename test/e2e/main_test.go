@@ -208,20 +208,6 @@ func recorded(t *testing.T, pod *corev1.Pod) incident.AuditEvent {
 	return decided[0]
 }
 
-// released fails the test unless the audit log says, of the last removal of the pod, that its node was asked and had
-// nothing left of it. (Those before it may have been refused, while there was something.)
-func released(t *testing.T, pod *corev1.Pod) {
-	t.Helper()
-	events, err := cluster.Removals(pod)
-	if err != nil || len(events) == 0 {
-		t.Fatalf("no removal in the audit log (%v)", err)
-	}
-	last := events[len(events)-1]
-	if got := last.Annotation("decision") + " " + last.Annotation("verdict") + " " + last.Annotation("reason"); got != "allowed released SandboxReleased" {
-		t.Errorf("the audit log says %q", got)
-	}
-}
-
 // expectRecord fails the test unless the audit log has exactly this decision about a pod.
 func expectRecord(t *testing.T, pod *corev1.Pod, decision, verdict, reason string) {
 	t.Helper()

@@ -249,9 +249,52 @@ func TestOneRemovalIsOneDecision(t *testing.T) {
 
 // A namespace full of pods taken away in one request is one audit event, which has every single decision.
 func TestACollectionDeleteOfAHundredPodsIsRecordedOneByOne(t *testing.T) {
-	const count = 100
 	quiet(t)
-	ns := moded(t, "audit")
+	t.Run("audit", func(t *testing.T) {
+		deleteAHundred(t, "audit", "audited", "ForcedRemovalAudited", func(t *testing.T, pods []corev1.Pod) {
+			for _, pod := range pods {
+				if err := cluster.Gone(t.Context(), &pod); err != nil {
+					t.Errorf("pod %s: %v", pod.Name, err)
+				}
+			}
+		})
+	})
+	t.Run("hold", func(t *testing.T) {
+		var all []corev1.Pod
+		deleteAHundred(t, "hold", "held", "ForcedRemovalHeld", func(t *testing.T, pods []corev1.Pod) {
+			all = pods
+			// The mark tells the kubelet to end them; it gets around to one after the other.
+			list, err := cluster.CoreV1().Pods(pods[0].Namespace).List(t.Context(), metav1.ListOptions{})
+			wentThrough(t, err)
+			for _, pod := range list.Items {
+				if !held(&pod) || pod.DeletionTimestamp == nil {
+					t.Errorf("pod %s: deletion %v, finalizers %v", pod.Name, pod.DeletionTimestamp, pod.Finalizers)
+				}
+			}
+		})
+		for _, pod := range all {
+			wentThrough(t, cluster.AwaitGone(t.Context(), &pod))
+		}
+		released := map[string]int{}
+		for _, line := range webhookLog(t) {
+			if line.Msg == "freed a held pod" && line.Reason == "SandboxReleased" {
+				released[line.PodUID]++
+			}
+		}
+		for _, pod := range all {
+			if released[string(pod.UID)] != 1 {
+				t.Errorf("%d lines of the log about the release of pod %s", released[string(pod.UID)], pod.Name)
+			}
+		}
+	})
+}
+
+// deleteAHundred deletes a hundred pods with one request in a namespace of a mode, and looks for the traces of every one.
+// Right after the request it calls then.
+func deleteAHundred(t *testing.T, mode, decision, reason string, then func(t *testing.T, pods []corev1.Pod)) {
+	t.Helper()
+	const count = 100
+	ns := moded(t, mode)
 	for i := range count {
 		// Killed at once after the delete, and started in bulk: this is about the records.
 		pod := incident.Pod(ns, fmt.Sprintf("web-%03d", i), []string{"sleep", "86400"}, nil)
@@ -271,9 +314,7 @@ func TestACollectionDeleteOfAHundredPodsIsRecordedOneByOne(t *testing.T) {
 		return nil
 	}))
 	wentThrough(t, cluster.CoreV1().Pods(ns).DeleteCollection(t.Context(), forced, metav1.ListOptions{}))
-	if left, err := cluster.CoreV1().Pods(ns).List(t.Context(), metav1.ListOptions{}); err != nil || len(left.Items) != 0 {
-		t.Errorf("%d pods are left (%v)", len(left.Items), err)
-	}
+	then(t, pods)
 
 	audited, err := cluster.AuditEvents(func(e incident.AuditEvent) bool { return e.Verb == "deletecollection" && e.ObjectRef.Namespace == ns })
 	if err != nil || len(audited) != 1 {
@@ -282,7 +323,7 @@ func TestACollectionDeleteOfAHundredPodsIsRecordedOneByOne(t *testing.T) {
 	for _, pod := range pods {
 		fields := fieldsOf(t, audited[0], pod.UID)
 		got := strings.Join([]string{fields["decision"], fields["verdict"], fields["mode"], fields["path"], fields["pod"], fields["pod-ips"]}, " ")
-		if want := "audited bound audit collection " + ns + "/" + pod.Name + " " + pod.Status.PodIP; got != want {
+		if want := decision + " bound " + mode + " collection " + ns + "/" + pod.Name + " " + pod.Status.PodIP; got != want {
 			t.Errorf("the record of pod %s: %q, not %q", pod.Name, got, want)
 		}
 		// The whole of it, to its last word.
@@ -299,7 +340,7 @@ func TestACollectionDeleteOfAHundredPodsIsRecordedOneByOne(t *testing.T) {
 	wentThrough(t, incident.Wait(t.Context(), 30*time.Second, "the Events about the pods", func(context.Context) error {
 		all := 0
 		for _, event := range events(t, ns, "") {
-			if event.ReportingController == "eni-guard" && event.Reason == "ForcedRemovalAudited" && event.Action == "collection" {
+			if event.ReportingController == "eni-guard" && event.Reason == reason && event.Action == "collection" {
 				all++
 			}
 		}
@@ -312,14 +353,14 @@ func TestACollectionDeleteOfAHundredPodsIsRecordedOneByOne(t *testing.T) {
 		if lines[string(pod.UID)] != 1 {
 			t.Errorf("%d lines of the log about pod %s", lines[string(pod.UID)], pod.Name)
 		}
-		oneEvent(t, &pod, "ForcedRemovalAudited", corev1.EventTypeWarning)
+		oneEvent(t, &pod, reason, corev1.EventTypeWarning)
 	}
 }
 
 // logLine is what the tests read of a line of the webhook's log.
 type logLine struct {
-	Msg, Decision, Path, Namespace, Value, PodUID, Level string
-	DryRun                                               bool
+	Msg, Decision, Reason, Path, Namespace, Value, PodUID, Level string
+	DryRun                                                       bool
 }
 
 // webhookLog reads the logs of all replicas.

@@ -167,6 +167,12 @@ func TestAnOverrideWithoutAnyWebhook(t *testing.T) {
 	drained := sleeper(t, ns, "web-1", nil)
 	labelled := sleeper(t, ns, "web-2", nil)
 	withoutWebhook(t)
+	// What is overridden here frees addresses that are still in use. A replica of the webhook must not be given one.
+	t.Cleanup(func() {
+		if err := stuck.Release(); err != nil {
+			t.Error(err)
+		}
+	})
 
 	stays := func(what string, err error) {
 		t.Helper()

@@ -45,26 +45,29 @@ func TestForcedDeleteOfARunningPodIsRefused(t *testing.T) {
 // A graceful delete and the kubelet's own must not depend on the guard: neither makes a call.
 func TestGracefulDeletesNeverReachTheWebhook(t *testing.T) {
 	quiet(t)
-	ns := namespace(t)
-	pod := sleeper(t, ns, "web-0", nil)
-	before := webhookCalls(t)
-	if err := cluster.CoreV1().Pods(ns).Delete(t.Context(), pod.Name, metav1.DeleteOptions{}); err != nil {
-		t.Fatal(err)
+	var pods []*corev1.Pod
+	for _, mode := range []string{"deny", "hold", "audit"} {
+		pods = append(pods, sleeper(t, moded(t, mode), "web-0", nil))
 	}
-	if err := cluster.AwaitGone(t.Context(), pod); err != nil {
-		t.Fatal(err)
+	before := webhookCalls(t)
+	for _, pod := range pods {
+		wentThrough(t, plainDelete(t.Context(), cluster, pod))
+	}
+	for _, pod := range pods {
+		wentThrough(t, cluster.AwaitGone(t.Context(), pod))
 	}
 	if after := webhookCalls(t); after != before {
-		t.Errorf("%d calls for a graceful delete and the kubelet's", after-before)
+		t.Errorf("%d calls for graceful deletes and the kubelet's", after-before)
 	}
-	// The kubelet's delete is in the audit log, so the guard was left out of it, not the kubelet out of the picture.
-	events, err := cluster.Removals(pod)
-	if err != nil || len(events) != 2 {
-		t.Errorf("%d deletes in the audit log (%v), want the graceful one and the kubelet's", len(events), err)
+	// The kubelet's deletes are in the audit log, so the guard was left out of them, not the kubelet out of the picture.
+	for _, pod := range pods {
+		events, err := cluster.Removals(pod)
+		if err != nil || len(events) != 2 {
+			t.Errorf("%d deletes in the audit log (%v), want the graceful one and the kubelet's", len(events), err)
+		}
 	}
 	// The counter does count.
-	pod = sleeper(t, ns, "web-1", nil)
-	refused(t, forceDelete(t, pod))
+	refused(t, forceDelete(t, sleeper(t, namespace(t), "web-1", nil)))
 	if after := webhookCalls(t); after == before {
 		t.Error("no call for a forced delete")
 	}
@@ -81,21 +84,41 @@ func TestDryRunIsAnsweredWithTheTrueVerdict(t *testing.T) {
 
 // A finished pod's plain delete is a forced one to the API server. Jobs are cleaned up this way.
 func TestAFinishedPodCanBeDeleted(t *testing.T) {
-	pod := start(t, incident.Pod(namespace(t), "job-1", []string{"true"}, func(p *corev1.Pod) { p.Spec.RestartPolicy = corev1.RestartPolicyNever }))
-	if err := cluster.AwaitFinished(t.Context(), pod); err != nil {
-		t.Fatal(err)
-	}
-	err := incident.Wait(t.Context(), time.Minute, "the delete to be allowed", func(ctx context.Context) error {
-		// Right after the end of its container, the sandbox is still there for a moment.
-		return cluster.CoreV1().Pods(pod.Namespace).Delete(ctx, pod.Name, metav1.DeleteOptions{})
+	t.Parallel()
+	inEveryMode(t, func(t *testing.T, mode, ns string) {
+		pod := finished(t, ns, nil)
+		awaitReleased(t, pod)
+		wentThrough(t, plainDelete(t.Context(), cluster, pod))
+		wentThrough(t, cluster.Gone(t.Context(), pod))
+		decided(t, pod, mode+" delete allowed released SandboxReleased")
 	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := cluster.Gone(t.Context(), pod); err != nil {
-		t.Error(err)
-	}
-	released(t, pod)
+}
+
+// finished returns a pod that has run to its end.
+func finished(t *testing.T, ns string, change func(*corev1.Pod)) *corev1.Pod {
+	t.Helper()
+	pod := start(t, incident.Pod(ns, "job-1", []string{"true"}, func(p *corev1.Pod) {
+		p.Spec.RestartPolicy = corev1.RestartPolicyNever
+		if change != nil {
+			change(p)
+		}
+	}))
+	wentThrough(t, cluster.AwaitFinished(t.Context(), pod))
+	return pod
+}
+
+// awaitReleased waits until the guard finds nothing of a finished pod: right after the end of its containers, the sandbox
+// is still there for a moment. Whatever the mode answers then is on record.
+func awaitReleased(t *testing.T, pod *corev1.Pod) {
+	t.Helper()
+	wentThrough(t, incident.Wait(t.Context(), time.Minute, "nothing of the pod to be left on its node", func(ctx context.Context) error {
+		err := cluster.CoreV1().Pods(pod.Namespace).Delete(ctx, pod.Name, metav1.DeleteOptions{DryRun: []string{metav1.DryRunAll}})
+		all := records(t, pod)
+		if len(all) == 0 || all[len(all)-1].fields["verdict"] != "released" {
+			return fmt.Errorf("the last of %d records says otherwise (%w)", len(all), err)
+		}
+		return nil
+	}))
 }
 
 // A pod that gives itself no time to end goes with every plain delete; to the API server that is a forced one.
@@ -112,41 +135,32 @@ func TestAPodWithoutGracePeriodIsJudged(t *testing.T) {
 }
 
 func TestExemptPods(t *testing.T) {
-	ns := namespace(t)
-	t.Run("never scheduled", func(t *testing.T) {
-		pod, err := cluster.CoreV1().Pods(ns).Create(t.Context(), incident.Pod(ns, "pending", []string{"true"}, func(p *corev1.Pod) {
+	t.Parallel()
+	inEveryMode(t, func(t *testing.T, _, ns string) {
+		pending, err := cluster.CoreV1().Pods(ns).Create(t.Context(), incident.Pod(ns, "pending", []string{"true"}, func(p *corev1.Pod) {
 			p.Spec.NodeSelector = map[string]string{"no": "such-node"}
 		}), metav1.CreateOptions{})
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := errors.Join(forceDelete(t, pod), cluster.Gone(t.Context(), pod)); err != nil {
-			t.Fatal(err)
-		}
-		expectRecord(t, pod, "exempt", "not-asked", "NotScheduled")
-	})
-	t.Run("on the host's network", func(t *testing.T) {
-		pod := sleeper(t, ns, "host", func(p *corev1.Pod) { p.Spec.HostNetwork = true })
-		if err := errors.Join(forceDelete(t, pod), cluster.Gone(t.Context(), pod)); err != nil {
-			t.Fatal(err)
-		}
-		expectRecord(t, pod, "exempt", "not-asked", "HostNetwork")
+		wentThrough(t, err)
+		wentThrough(t, forceDelete(t, pending))
+		wentThrough(t, cluster.Gone(t.Context(), pending))
+		expectRecord(t, pending, "exempt", "not-asked", "NotScheduled")
+
+		host := sleeper(t, ns, "host", func(p *corev1.Pod) { p.Spec.HostNetwork = true })
+		wentThrough(t, forceDelete(t, host))
+		wentThrough(t, cluster.Gone(t.Context(), host))
+		expectRecord(t, host, "exempt", "not-asked", "HostNetwork")
 	})
 }
 
 // Without its node there is nobody to ask, and the garbage collector of pods must be able to work.
 func TestAPodOfANodeThatIsGoneCanBeDeleted(t *testing.T) {
-	ns := namespace(t)
-	pod, err := cluster.CoreV1().Pods(ns).Create(t.Context(), incident.Pod(ns, "orphan", []string{"true"}, func(p *corev1.Pod) {
-		p.Spec.NodeName = "no-such-node"
-	}), metav1.CreateOptions{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := errors.Join(forceDelete(t, pod), cluster.Gone(t.Context(), pod)); err != nil {
-		t.Fatal(err)
-	}
-	expectRecord(t, pod, "allowed", "unknown", "NodeGone")
+	t.Parallel()
+	inEveryMode(t, func(t *testing.T, _, ns string) {
+		pod := haunt(t, ns, "no-such-node")
+		wentThrough(t, forceDelete(t, pod))
+		wentThrough(t, cluster.Gone(t.Context(), pod))
+		expectRecord(t, pod, "allowed", "unknown", "NodeGone")
+	})
 }
 
 // One request, many pods: each refusal has an annotation of its own in the one audit event.
@@ -172,30 +186,23 @@ func TestCollectionDeleteIsRefused(t *testing.T) {
 // A pod that carries grace period 0 already goes with any delete, a graceful one too; here a finalizer keeps it in
 // between.
 func TestAMarkedPodIsJudgedAgain(t *testing.T) {
-	const finalizer = "example.com/keep"
-	ns := namespace(t)
-	pod := start(t, incident.Pod(ns, "job-1", []string{"true"}, func(p *corev1.Pod) {
-		p.Finalizers, p.Spec.RestartPolicy = []string{finalizer}, corev1.RestartPolicyNever
-	}))
-	defer func() {
-		if _, err := cluster.Kubectl(t.Context(), "-n", ns, "patch", "pod", pod.Name, "--type=json", `-p=[{"op":"remove","path":"/metadata/finalizers"}]`); err != nil {
-			t.Error(err)
-		}
-	}()
-	if err := cluster.AwaitFinished(t.Context(), pod); err != nil {
-		t.Fatal(err)
-	}
-	err := incident.Wait(t.Context(), time.Minute, "the delete to be allowed", func(ctx context.Context) error {
-		return cluster.CoreV1().Pods(ns).Delete(ctx, pod.Name, metav1.DeleteOptions{})
+	t.Parallel()
+	inEveryMode(t, func(t *testing.T, mode, ns string) {
+		pod := finished(t, ns, func(p *corev1.Pod) { p.Finalizers = []string{"example.com/keep"} })
+		defer kubectl(t, ns, "patch", "pod", pod.Name, "--type=json", `-p=[{"op":"remove","path":"/metadata/finalizers"}]`)
+		awaitReleased(t, pod)
+		wentThrough(t, plainDelete(t.Context(), cluster, pod))
+		count := len(records(t, pod))
+		// The guard remembers for two seconds what it has said of one removal.
+		wentThrough(t, incident.Wait(t.Context(), 30*time.Second, "a delete of a pod that carries grace period 0 to be judged", func(ctx context.Context) error {
+			if err := cluster.CoreV1().Pods(ns).Delete(ctx, pod.Name, metav1.DeleteOptions{GracePeriodSeconds: new(int64(30))}); err != nil {
+				return err
+			}
+			if len(records(t, pod)) == count {
+				return errors.New("there is no record of it")
+			}
+			return nil
+		}))
+		decided(t, pod, mode+" delete allowed released SandboxReleased")
 	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	before := webhookCalls(t)
-	if err := cluster.CoreV1().Pods(ns).Delete(t.Context(), pod.Name, metav1.DeleteOptions{GracePeriodSeconds: new(int64(30))}); err != nil {
-		t.Fatal(err)
-	}
-	if webhookCalls(t) == before {
-		t.Error("a delete of a pod that carries grace period 0 was not judged")
-	}
 }

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -102,6 +103,102 @@ func (w way) ofARunningPod(t *testing.T) {
 	})
 }
 
+// What cannot be found out counts like what is bound: whatever the way in, and whatever the mode makes of it.
+func TestANodeThatCannotBeAskedCountsAsBound(t *testing.T) {
+	ways := map[string]way{
+		"delete": byForcedDelete, "delete-without-time": byPlainDeleteWithoutTime, "collection": byForcedCollection,
+		"eviction": byForcedEviction, "eviction-without-time": byPlainEvictionWithoutTime,
+	}
+	type terrain struct {
+		ns                    string
+		pods                  map[string]*corev1.Pod
+		labelled, terminating *corev1.Pod
+	}
+	terrains := map[string]terrain{}
+	for _, mode := range []string{"deny", "hold", "audit"} {
+		at := terrain{ns: moded(t, mode), pods: map[string]*corev1.Pod{}}
+		for name, w := range ways {
+			at.pods[name] = sleeper(t, at.ns, name, w.change)
+		}
+		at.labelled = sleeper(t, at.ns, "labelled", nil)
+		at.terminating = sleeper(t, at.ns, "terminating", func(p *corev1.Pod) { p.Spec.TerminationGracePeriodSeconds = new(int64(600)) })
+		wentThrough(t, plainDelete(t.Context(), cluster, at.terminating))
+		terrains[mode] = at
+	}
+	restart := withoutAgent(t)
+	for mode, at := range terrains {
+		t.Run(mode, func(t *testing.T) {
+			unknown := func(pod *corev1.Pod) string {
+				return "cannot tell whether pod " + at.ns + "/" + pod.Name + " is still alive on node node-1: the agent of node node-1 does not run"
+			}
+			const recorded = "eni-guard would refuse this, but only records it: "
+			for name, w := range ways {
+				pod, api := at.pods[name], callAs(t, "")
+				err := w.take(t.Context(), api, pod)
+				switch mode {
+				case "deny":
+					refused(t, err, unknown(pod))
+					asItWas(t, pod)
+					decided(t, pod, "deny "+w.path+" denied unknown NoAnswer")
+				case "hold":
+					wentThrough(t, err)
+					isHeld(t, pod)
+					decided(t, pod, "hold "+w.path+" held unknown NoAnswer")
+					api.warned(t, "held until its node has let go of it: "+unknown(pod))
+				case "audit":
+					wentThrough(t, err)
+					wentThrough(t, cluster.Gone(t.Context(), pod))
+					decided(t, pod, "audit "+w.path+" audited unknown NoAnswer")
+					api.warned(t, recorded+unknown(pod))
+				}
+			}
+
+			// Where nothing can be held, mode hold refuses.
+			_, err := cluster.CoreV1().Pods(at.ns).Patch(t.Context(), at.labelled.Name, types.MergePatchType, []byte(`{"metadata":{"labels":{"`+ignoreLabel+`":"true"}}}`), metav1.PatchOptions{})
+			if mode == "audit" {
+				wentThrough(t, err)
+				decided(t, at.labelled, "audit ignore-label audited unknown NoAnswer")
+			} else {
+				refused(t, err, unknown(at.labelled))
+				asItWas(t, at.labelled)
+				decided(t, at.labelled, mode+" ignore-label denied unknown NoAnswer")
+			}
+			before := read(t, at.terminating)
+			if mode == "audit" {
+				wentThrough(t, forceDelete(t, at.terminating))
+				wentThrough(t, cluster.Gone(t.Context(), at.terminating))
+				decided(t, at.terminating, "audit delete audited unknown NoAnswer")
+				return
+			}
+			refused(t, forceDelete(t, at.terminating), unknown(at.terminating))
+			decided(t, at.terminating, mode+" delete denied unknown NoAnswer")
+			refusedWith(t, evict(t.Context(), cluster, at.terminating, &forced), http.StatusTooManyRequests, metav1.StatusReasonTooManyRequests, unknown(at.terminating))
+			decided(t, at.terminating, mode+" eviction denied unknown NoAnswer")
+			sameMarks(t, before)
+			if mode == "hold" {
+				pod := at.pods["delete"]
+				_, err := cluster.CoreV1().Pods(at.ns).Patch(t.Context(), pod.Name, types.JSONPatchType, []byte(`[{"op":"remove","path":"/metadata/finalizers"}]`), metav1.PatchOptions{})
+				refused(t, err, unknown(pod))
+				isHeld(t, pod)
+				decided(t, pod, "hold finalizer denied unknown NoAnswer")
+			}
+		})
+	}
+	restart()
+	// What was held has ended on its node meanwhile.
+	for _, pod := range terrains["hold"].pods {
+		wentThrough(t, cluster.AwaitGone(t.Context(), pod))
+	}
+	for mode, at := range terrains {
+		for _, process := range incident.Processes(at.terminating) {
+			wentThrough(t, syscall.Kill(process.PID, syscall.SIGKILL))
+		}
+		if mode == "deny" {
+			wentThrough(t, giveTime(t.Context(), at.ns))
+		}
+	}
+}
+
 // Whoever deletes a namespace says nothing of time, so that a pod that gives itself none is never told to end, and the namespace
 // waits until somebody tells it.
 func TestADeletedNamespaceWaitsForARunningPodWithoutTime(t *testing.T) {
@@ -121,6 +218,17 @@ func TestADeletedNamespaceWaitsForARunningPodWithoutTime(t *testing.T) {
 	asItWas(t, pod)
 	kubectl(t, ns, "delete", "pod", pod.Name, "--now", "--wait=false")
 	wentThrough(t, cluster.AwaitGone(t.Context(), pod))
+}
+
+// As drains do it. The kubelet ends the pod in its own time.
+func TestPlainEvictionOfARunningPod(t *testing.T) {
+	t.Parallel()
+	inEveryMode(t, func(t *testing.T, mode, ns string) {
+		pod := sleeper(t, ns, "web-0", nil)
+		wentThrough(t, evict(t.Context(), cluster, pod, nil))
+		decided(t, pod, mode+" eviction exempt not-asked NotForced")
+		wentThrough(t, cluster.AwaitGone(t.Context(), pod))
+	})
 }
 
 // The incident: the pod has been told to end, its process cannot, and somebody loses patience.
@@ -413,31 +521,33 @@ func TestTakingTheFinalizerFromAHeldPod(t *testing.T) {
 // Some versions of Terway free an address by the phase alone. Controllers must be able to write phases, so that is reported,
 // where the people look who wonder about the pod or the node.
 func TestATerminalPhaseWhileBoundIsReported(t *testing.T) {
-	ns := namespace(t)
-	pod := sleeper(t, ns, "web-0", nil)
-	const metric = "eni_guard_terminal_phase_while_bound_total"
-	before := metricSum(t, metric)
-	writePhase(t, pod, corev1.PodFailed)
-	if phase := read(t, pod).Status.Phase; phase != corev1.PodFailed {
-		t.Errorf("the phase is %s", phase)
-	}
-	for _, regarding := range []corev1.ObjectReference{{Kind: "Pod", Namespace: ns, Name: pod.Name, UID: pod.UID}, {Kind: "Node", Namespace: "default", Name: incident.Node, UID: incident.Node}} {
-		err := incident.Wait(t.Context(), 30*time.Second, "an Event about the "+regarding.Kind, func(context.Context) error {
-			for _, event := range events(t, regarding.Namespace, regarding.UID) {
-				if event.Reason == "TerminalPhaseWhileBound" && event.Type == corev1.EventTypeWarning && event.Regarding.Kind == regarding.Kind &&
-					strings.HasPrefix(event.Note, "user kubernetes-admin has written a terminal phase, but pod "+ns+"/web-0 is still alive on node node-1: ") {
-					return nil
+	for _, mode := range []string{"deny", "hold", "audit"} {
+		ns := moded(t, mode)
+		pod := sleeper(t, ns, "web-0", nil)
+		const metric = "eni_guard_terminal_phase_while_bound_total"
+		before := metricSum(t, metric)
+		writePhase(t, pod, corev1.PodFailed)
+		if phase := read(t, pod).Status.Phase; phase != corev1.PodFailed {
+			t.Errorf("the phase is %s", phase)
+		}
+		for _, regarding := range []corev1.ObjectReference{{Kind: "Pod", Namespace: ns, Name: pod.Name, UID: pod.UID}, {Kind: "Node", Namespace: "default", Name: incident.Node, UID: incident.Node}} {
+			err := incident.Wait(t.Context(), 30*time.Second, "an Event about the "+regarding.Kind, func(context.Context) error {
+				for _, event := range events(t, regarding.Namespace, regarding.UID) {
+					if event.Reason == "TerminalPhaseWhileBound" && event.Type == corev1.EventTypeWarning && event.Regarding.Kind == regarding.Kind &&
+						strings.HasPrefix(event.Note, "user kubernetes-admin has written a terminal phase, but pod "+ns+"/web-0 is still alive on node node-1: ") {
+						return nil
+					}
 				}
-			}
-			return errors.New("there is none")
-		})
-		wentThrough(t, err)
-	}
-	if n := metricSum(t, metric) - before; n != 1 {
-		t.Errorf("%s grew by %v", metric, n)
-	}
-	if records := records(t, pod); len(records) != 0 {
-		t.Errorf("a phase was decided about: %v", records)
+				return errors.New("there is none")
+			})
+			wentThrough(t, err)
+		}
+		if n := metricSum(t, metric) - before; n != 1 {
+			t.Errorf("%s grew by %v", metric, n)
+		}
+		if records := records(t, pod); len(records) != 0 {
+			t.Errorf("a phase was decided about: %v", records)
+		}
 	}
 }
 
