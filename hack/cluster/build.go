@@ -21,8 +21,11 @@ import (
 type toolset struct {
 	name, version string
 	packages      []string
-	ldflags       string
-	note          string // what to expect of the build, for the person who waits
+	// module names the Go module of the packages where tools/ has none that requires it: one is written on the spot.
+	module  string
+	tags    string
+	ldflags string
+	note    string // what to expect of the build, for the person who waits
 }
 
 func toolsets(kubernetes string) []toolset {
@@ -30,9 +33,13 @@ func toolsets(kubernetes string) []toolset {
 	stamp := func(pkg string) string {
 		return fmt.Sprintf(" -X %[1]s.gitVersion=v%[2]s -X %[1]s.gitMajor=1 -X %[1]s.gitMinor=%[3]s -X %[1]s.gitTreeState=clean", pkg, kubernetes, minor)
 	}
+	module := "k8s.io/kubernetes"
+	if kubernetes == defaultKubernetes {
+		module = ""
+	}
 	return []toolset{
 		{
-			name: "kubernetes", version: kubernetes,
+			name: "kubernetes", module: module, version: kubernetes,
 			packages: []string{
 				"k8s.io/kubernetes/cmd/kube-apiserver",
 				"k8s.io/kubernetes/cmd/kube-controller-manager",
@@ -50,6 +57,30 @@ func toolsets(kubernetes string) []toolset {
 	}
 }
 
+// containerdTools is containerd with what it runs beside it.
+func containerdTools(version string) toolset {
+	module := "github.com/containerd/containerd"
+	if major, _, _ := strings.Cut(version, "."); major != "1" {
+		module += "/v" + major
+	}
+	return toolset{
+		name: "containerd", version: version, module: module,
+		packages: []string{module + "/cmd/containerd", module + "/cmd/containerd-shim-runc-v2", module + "/cmd/ctr"},
+		// The cluster uses overlayfs alone.
+		tags: "no_aufs,no_btrfs,no_devmapper,no_zfs",
+		note: "about 2 minutes on 2 cores, once",
+	}
+}
+
+// crictl is what the benchmarks compare the guard with. Nothing else needs it, so it is not in toolsets.
+func crictl() toolset {
+	return toolset{
+		name: "crictl", version: crictlVersion, packages: []string{"sigs.k8s.io/cri-tools/cmd/crictl"},
+		ldflags: " -X sigs.k8s.io/cri-tools/pkg/version.Version=" + crictlVersion,
+		note:    "about a minute, once",
+	}
+}
+
 // binaryName is what a package's binary is called here.
 func binaryName(pkg string) string {
 	if pkg == "go.etcd.io/etcd/server/v3" {
@@ -60,7 +91,11 @@ func binaryName(pkg string) string {
 
 // buildTools builds what the cache lacks and links everything into .cluster/bin.
 func buildTools(ctx context.Context, cfg config) error {
-	if err := buildAndLink(ctx, cfg, toolsets(cfg.kubernetes), cfg.path("bin")); err != nil {
+	sets := toolsets(cfg.kubernetes)
+	if cfg.containerd != "" {
+		sets = append(sets, containerdTools(cfg.containerd))
+	}
+	if err := buildAndLink(ctx, cfg, sets, cfg.path("bin")); err != nil {
 		return err
 	}
 	return buildOwn(ctx, cfg)
@@ -124,16 +159,16 @@ func buildSet(ctx context.Context, cfg config, set toolset, dir string) error {
 	}
 	module := filepath.Join(cfg.repo, "hack/cluster/tools", set.name)
 	flags := []string{"-mod=readonly"}
-	if set.name == "kubernetes" && set.version != defaultKubernetes {
+	if set.module != "" {
 		module, flags = filepath.Join(dir, "module"), []string{"-mod=mod"}
-		if err := writeKubernetesModule(ctx, module, set); err != nil {
+		if err := writeModule(ctx, module, set); err != nil {
 			return err
 		}
 	}
 	for i, pkg := range missing {
 		say("building %s v%s: %s (%d of %d; %s)", set.name, set.version, binaryName(pkg), i+1, len(missing), set.note)
 		out := filepath.Join(dir, binaryName(pkg))
-		args := append([]string{"build", "-trimpath", "-ldflags", "-s -w" + set.ldflags, "-o", out + ".new"}, flags...)
+		args := append([]string{"build", "-trimpath", "-tags", set.tags, "-ldflags", "-s -w" + set.ldflags, "-o", out + ".new"}, flags...)
 		if err := goCommand(ctx, module, append(args, pkg)...); err != nil {
 			return err
 		}
@@ -146,28 +181,28 @@ func buildSet(ctx context.Context, cfg config, set toolset, dir string) error {
 
 var stagingPattern = regexp.MustCompile(`(?m)^\s*(k8s\.io/[a-z0-9-]+) v0\.0\.0$`)
 
-// writeKubernetesModule writes a module that builds a Kubernetes other than the one pinned in tools/kubernetes:
-// k8s.io/kubernetes requires its staging modules at v0.0.0, so each needs a replace to the release that goes with it.
-func writeKubernetesModule(ctx context.Context, dir string, set toolset) error {
+// writeModule writes a module that builds a set of which tools/ pins another version, or none. k8s.io/kubernetes requires
+// its staging modules at v0.0.0, so each needs a replace to the release that goes with it.
+func writeModule(ctx context.Context, dir string, set toolset) error {
 	if err := os.RemoveAll(dir); err != nil {
 		return err
 	}
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
 	}
-	download := exec.CommandContext(ctx, "go", "mod", "download", "-json", "k8s.io/kubernetes@v"+set.version)
+	download := exec.CommandContext(ctx, "go", "mod", "download", "-json", set.module+"@v"+set.version)
 	download.Dir = dir
 	out, err := download.Output()
 	var info struct{ GoMod, Error string }
 	if jsonErr := json.Unmarshal(out, &info); jsonErr != nil || info.Error != "" || err != nil {
-		return fmt.Errorf("downloading k8s.io/kubernetes@v%s through the Go module proxy: %w", set.version, errors.Join(err, jsonErr, errors.New(info.Error)))
+		return fmt.Errorf("downloading %s@v%s through the Go module proxy: %w", set.module, set.version, errors.Join(err, jsonErr, errors.New(info.Error)))
 	}
 	upstream, err := os.ReadFile(info.GoMod)
 	if err != nil {
 		return err
 	}
 	var mod bytes.Buffer
-	fmt.Fprintf(&mod, "module github.com/eni-guard/eni-guard/hack/cluster/tools/kubernetes\n\ngo 1.26.0\n\nrequire k8s.io/kubernetes v%s\n\n", set.version)
+	fmt.Fprintf(&mod, "module github.com/eni-guard/eni-guard/hack/cluster/tools/%s\n\ngo 1.26.0\n\nrequire %s v%s\n\n", set.name, set.module, set.version)
 	for _, match := range stagingPattern.FindAllSubmatch(upstream, -1) {
 		fmt.Fprintf(&mod, "replace %[1]s => %[1]s v0.%[2]s\n", match[1], strings.TrimPrefix(set.version, "1."))
 	}
@@ -176,7 +211,7 @@ func writeKubernetesModule(ctx context.Context, dir string, set toolset) error {
 	}
 	get := []string{"get"}
 	for _, pkg := range set.packages {
-		// Without a version, go get takes the latest Kubernetes and leaves the replaces behind.
+		// Without a version, go get takes the latest release and leaves the replaces behind.
 		get = append(get, pkg+"@v"+set.version)
 	}
 	return goCommand(ctx, dir, get...)

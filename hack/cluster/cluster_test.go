@@ -70,7 +70,7 @@ func machine(t *testing.T) map[string][]string {
 	for _, link := range links {
 		state["devices"] = append(state["devices"], link.Attrs().Name)
 	}
-	routes, err := netlink.RouteList(nil, netlink.FAMILY_V4)
+	routes, err := netlink.RouteList(nil, netlink.FAMILY_ALL)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -225,7 +225,7 @@ func TestUpAndDown(t *testing.T) {
 // freeze moves a process into a group that is frozen, where no signal ends it. (Only cgroup version 1 has such groups.)
 func freeze(t *testing.T, pid int) {
 	t.Helper()
-	dir := cgroupMount + "/freezer/" + cgroupName + "-test"
+	dir := cgroupMount + "/freezer/" + cgroupName + "/test"
 	if _, err := os.Stat(filepath.Dir(dir)); err != nil {
 		t.Logf("no freezer hierarchy here: %v", err)
 		return
@@ -389,6 +389,7 @@ func TestWhatIsMissingIsNamed(t *testing.T) {
 	})
 	for _, test := range []struct{ flag, want string }{
 		{"--kubernetes-version=latest", `--kubernetes-version "latest" is not a released version, such as 1.36.3`},
+		{"--containerd-version=1.6.20", `--containerd-version "1.6.20" is not a released version from 1.7 on, such as 2.4.2`},
 		{"--gc-period=1ms", "--gc-period 1ms is below one second"},
 		{"--pool-size=0", "--pool-size 0 is not between 1 and 250"},
 		{"--pools=1", "unknown flag: --pools"},

@@ -41,7 +41,7 @@ func stages(cfg config) [][]component {
 				ready: "http://127.0.0.1:2379/readyz",
 			},
 			{
-				name: "containerd", path: "containerd",
+				name: "containerd", path: cfg.containerdBinary("containerd"),
 				args:  []string{"--config", cfg.path("config/containerd.toml")},
 				ready: runtimeSock,
 			},
@@ -154,7 +154,11 @@ func writeConfiguration(cfg config) error {
 
 	values := map[string]any{
 		"Run": runDir, "Data": dataDir, "PKI": pki, "PauseImage": pauseImage, "CgroupName": cgroupName,
-		"NodeName": nodeName, "NodeIP": nodeIP, "PodNet": podNet, "PoolSize": cfg.poolSize,
+		"NodeName": nodeName, "NodeIP": nodeIP, "PodNet": podNet, "PodNet6": podNet6, "PoolSize": cfg.poolSize,
+		"Shim": "", // containerd finds Debian's
+	}
+	if cfg.containerd != "" {
+		values["Shim"] = cfg.binary("containerd-shim-runc-v2")
 	}
 	for name, target := range map[string]string{
 		"containerd.toml":   cfg.path("config/containerd.toml"),

@@ -13,6 +13,7 @@ const (
 	defaultKubernetes = "1.36.3"
 	etcdVersion       = "3.6.8"
 	helmVersion       = "4.3.1"
+	crictlVersion     = "1.37.0"
 
 	// One cluster a machine: its names outside the checkout are fixed, so that any checkout can remove them.
 	runDir     = "/run/eni-guard-cluster"
@@ -25,6 +26,7 @@ const (
 	nodeIP      = "10.111.0.1"
 	nodeNet     = "10.111.0.1/24"
 	podNet      = "10.111.1.0/24"
+	podNet6     = "fd00:111:1::/112"
 	serviceNet  = "10.96.0.0/16"
 	apiService  = "10.96.0.1"
 	runtimeSock = runDir + "/containerd.sock"
@@ -41,11 +43,15 @@ const (
 type config struct {
 	repo       string // the checkout, absolute
 	kubernetes string // version without the v
+	containerd string // version without the v; Debian's if empty
 	gcPeriod   time.Duration
 	poolSize   int
 }
 
-var versionPattern = regexp.MustCompile(`^1\.[0-9]+\.[0-9]+$`)
+var (
+	versionPattern    = regexp.MustCompile(`^1\.[0-9]+\.[0-9]+$`)
+	containerdPattern = regexp.MustCompile(`^(1\.7|2\.[0-9]+)\.[0-9]+$`)
+)
 
 func (c *config) complete() error {
 	repo, err := filepath.Abs(c.repo)
@@ -56,6 +62,10 @@ func (c *config) complete() error {
 	c.kubernetes = strings.TrimPrefix(c.kubernetes, "v")
 	if !versionPattern.MatchString(c.kubernetes) {
 		return fmt.Errorf("--kubernetes-version %q is not a released version, such as %s", c.kubernetes, defaultKubernetes)
+	}
+	c.containerd = strings.TrimPrefix(c.containerd, "v")
+	if c.containerd != "" && !containerdPattern.MatchString(c.containerd) {
+		return fmt.Errorf("--containerd-version %q is not a released version from 1.7 on, such as 2.4.2", c.containerd)
 	}
 	return nil
 }
@@ -75,6 +85,14 @@ func (c *config) clusterDir() string        { return filepath.Join(c.repo, ".clu
 func (c *config) path(name string) string   { return filepath.Join(c.clusterDir(), name) }
 func (c *config) binary(tool string) string { return filepath.Join(c.clusterDir(), "bin", tool) }
 func (c *config) kubeconfig() string        { return c.path("kubeconfig") }
+
+// containerdBinary is a program of containerd: the one that was built, or Debian's, by its name.
+func (c *config) containerdBinary(tool string) string {
+	if c.containerd == "" {
+		return tool
+	}
+	return c.binary(tool)
+}
 
 // cacheDir holds built binaries, keyed by version and shared by all checkouts.
 func cacheDir() (string, error) {

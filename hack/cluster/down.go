@@ -96,15 +96,36 @@ func markedProcesses() []process {
 	return found
 }
 
+// thawAll lets every frozen group of the cluster go on, also one that somebody has made within a pod's.
+func thawAll() error {
+	groups, _ := filepath.Glob(cgroupMount + "/freezer/" + cgroupName + "*")
+	var errs []error
+	var files []string
+	for _, group := range groups {
+		errs = append(errs, filepath.WalkDir(group, func(path string, entry fs.DirEntry, err error) error {
+			if err == nil && entry.Name() == "freezer.state" {
+				files = append(files, path)
+			}
+			return err
+		}))
+	}
+	for _, file := range files {
+		errs = append(errs, os.WriteFile(file, []byte("THAWED"), 0o644))
+	}
+	for n, err := range errs {
+		if errors.Is(err, fs.ErrNotExist) {
+			errs[n] = nil // the group has just gone
+		}
+	}
+	return errors.Join(errs...)
+}
+
 // killAll ends the daemons first, so that nothing is started again, and then every process of the pods. A process that
 // hangs in a FUSE file system of the tests is let go by the end of that file system's server, one in a frozen group by
 // thawing the group.
 func killAll(ctx context.Context) error {
-	frozen, _ := filepath.Glob(cgroupMount + "/freezer/" + cgroupName + "*/freezer.state")
-	for _, file := range frozen {
-		if err := os.WriteFile(file, []byte("THAWED"), 0o644); err != nil {
-			return err
-		}
+	if err := thawAll(); err != nil {
+		return err
 	}
 	killed := map[int]bool{}
 	err := waitFor(ctx, killTimeout, "the cluster's processes to end", func() error {
@@ -272,8 +293,10 @@ func removeLinks(state *hostState) error {
 
 func removeTables(ctx context.Context) error {
 	var errs []error
-	for _, table := range proxyTables {
+	for _, table := range append([][]string{testTable}, proxyTables...) {
 		if exec.CommandContext(ctx, "nft", append([]string{"list", "table"}, table...)...).Run() != nil {
+			// Whoever interrupts this has not been told that there is no such table.
+			errs = append(errs, context.Cause(ctx))
 			continue
 		}
 		if out, err := exec.CommandContext(ctx, "nft", append([]string{"delete", "table"}, table...)...).CombinedOutput(); err != nil {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -30,6 +31,9 @@ const (
 // proxyTables are the nftables tables of kube-proxy in nftables mode.
 var proxyTables = [][]string{{"ip", "kube-proxy"}, {"ip6", "kube-proxy"}}
 
+// testTable is the nftables table by which test/e2e/chaos disturbs the network.
+var testTable = []string{"inet", "eni-guard-test"}
+
 // sysctls are the kernel settings that up or a kubelet changes (kubelet: setupKernelTunables).
 var sysctls = []string{
 	ipForwardSysctl,
@@ -47,8 +51,8 @@ var foreignDirs = []string{
 // that was there before.
 type hostState struct {
 	Config struct {
-		Repo, Kubernetes, GCPeriod string
-		PoolSize                   int
+		Repo, Kubernetes, Containerd, GCPeriod string
+		PoolSize                               int
 	}
 	Sysctls      map[string]string // by file
 	DirsMade     []string          // those of foreignDirs that did not exist
@@ -70,11 +74,15 @@ func readHostState() (*hostState, error) {
 	return &state, nil
 }
 
+// config returns what the cluster was asked for, as far as it matters to one that runs.
+func (s *hostState) config() config {
+	return config{repo: s.Config.Repo, kubernetes: s.Config.Kubernetes, containerd: s.Config.Containerd, poolSize: s.Config.PoolSize}
+}
+
 // dead names a daemon of the cluster that does not run or does not answer; empty when all do.
 func (s *hostState) dead(ctx context.Context) string {
-	cfg := config{repo: s.Config.Repo, kubernetes: s.Config.Kubernetes, poolSize: s.Config.PoolSize}
 	processes := markedProcesses()
-	for _, stage := range stages(cfg) {
+	for _, stage := range stages(s.config()) {
 		for _, c := range stage {
 			runs := slices.ContainsFunc(processes, func(p process) bool { return p.argv0 == c.path })
 			if !runs || c.check(ctx) != nil {
@@ -90,9 +98,9 @@ func (s *hostState) sameAs(cfg config) error {
 	switch {
 	case s.Config.Repo != cfg.repo:
 		return fmt.Errorf("a cluster of another checkout is running (%s): `make cluster-down`, here or there, removes it", s.Config.Repo)
-	case s.Config.Kubernetes != cfg.kubernetes, s.Config.GCPeriod != cfg.gcPeriod.String(), s.Config.PoolSize != cfg.poolSize:
-		return fmt.Errorf("a cluster with other settings is running (Kubernetes v%s, GC period %s, pool of %d): run `make cluster-down` first",
-			s.Config.Kubernetes, s.Config.GCPeriod, s.Config.PoolSize)
+	case s.Config.Kubernetes != cfg.kubernetes, s.Config.Containerd != cfg.containerd, s.Config.GCPeriod != cfg.gcPeriod.String(), s.Config.PoolSize != cfg.poolSize:
+		return fmt.Errorf("a cluster with other settings is running (Kubernetes v%s, containerd %s, GC period %s, pool of %d): run `make cluster-down` first",
+			s.Config.Kubernetes, cmp.Or(s.Config.Containerd, "of Debian"), s.Config.GCPeriod, s.Config.PoolSize)
 	}
 	say("Kubernetes v%s is up already; kubeconfig: %s", cfg.kubernetes, cfg.kubeconfig())
 	return nil
@@ -102,7 +110,7 @@ func (s *hostState) sameAs(cfg config) error {
 // was there before is written down first.
 func prepareHost(cfg config) error {
 	state := hostState{}
-	state.Config.Repo, state.Config.Kubernetes = cfg.repo, cfg.kubernetes
+	state.Config.Repo, state.Config.Kubernetes, state.Config.Containerd = cfg.repo, cfg.kubernetes, cfg.containerd
 	state.Config.GCPeriod, state.Config.PoolSize = cfg.gcPeriod.String(), cfg.poolSize
 
 	state.Sysctls = map[string]string{}

@@ -4,6 +4,8 @@ import (
 	"archive/tar"
 	"bytes"
 	"context"
+	"debug/buildinfo"
+	"errors"
 	"fmt"
 	"io"
 	"io/fs"
@@ -24,55 +26,66 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/types"
 )
 
-// writeImage writes an OCI archive with one image: files maps paths in the image to files of this machine, links maps
-// symbolic links in the image to their targets. The image's entry point is the one file. The content alone decides the
-// digest: no time, no owner and no order of this machine enters it.
-func writeImage(archive, reference string, files, links map[string]string) error {
+// content is what an image holds. The content alone decides the digest: no time, no owner and no order of this machine enters it.
+type content struct {
+	// arch is the processor that it is for, as in GOARCH.
+	arch string
+	// user is who runs it, UID:GID; root if empty.
+	user string
+	// files maps paths in the image to files of this machine. If it is one, it is the entry point.
+	files map[string]string
+	// links maps symbolic links in the image to their targets.
+	links map[string]string
+}
+
+// image makes an image of one layer.
+func (c content) image() (v1.Image, error) {
 	var layer bytes.Buffer
 	w := tar.NewWriter(&layer)
-	for _, path := range slices.Sorted(maps.Keys(files)) {
-		content, err := os.ReadFile(files[path])
+	for _, path := range slices.Sorted(maps.Keys(c.files)) {
+		content, err := os.ReadFile(c.files[path])
 		if err != nil {
-			return err
+			return nil, err
 		}
 		if err := writeTarFile(w, strings.TrimPrefix(path, "/"), 0o755, content); err != nil {
-			return err
+			return nil, err
 		}
 	}
-	for _, path := range slices.Sorted(maps.Keys(links)) {
-		err := w.WriteHeader(&tar.Header{Typeflag: tar.TypeSymlink, Name: strings.TrimPrefix(path, "/"), Linkname: links[path], Mode: 0o777})
+	for _, path := range slices.Sorted(maps.Keys(c.links)) {
+		err := w.WriteHeader(&tar.Header{Typeflag: tar.TypeSymlink, Name: strings.TrimPrefix(path, "/"), Linkname: c.links[path], Mode: 0o777})
 		if err != nil {
-			return err
+			return nil, err
 		}
 	}
 	if err := w.Close(); err != nil {
-		return err
+		return nil, err
 	}
-	content, err := tarball.LayerFromOpener(func() (io.ReadCloser, error) {
+	packed, err := tarball.LayerFromOpener(func() (io.ReadCloser, error) {
 		return io.NopCloser(bytes.NewReader(layer.Bytes())), nil
 	}, tarball.WithMediaType(types.OCILayer))
 	if err != nil {
-		return err
+		return nil, err
 	}
 	image := mutate.ConfigMediaType(mutate.MediaType(empty.Image, types.OCIManifestSchema1), types.OCIConfigJSON)
-	if image, err = mutate.AppendLayers(image, content); err != nil {
-		return err
+	if image, err = mutate.AppendLayers(image, packed); err != nil {
+		return nil, err
 	}
 	configFile, err := image.ConfigFile()
 	if err != nil {
-		return err
+		return nil, err
 	}
 	configFile = configFile.DeepCopy()
-	configFile.OS, configFile.Architecture = "linux", runtime.GOARCH
-	configFile.Config = v1.Config{Entrypoint: slices.Sorted(maps.Keys(files)), Env: []string{"PATH=/bin"}, WorkingDir: "/"}
-	if image, err = mutate.ConfigFile(image, configFile); err != nil {
-		return err
-	}
-	return writeArchive(archive, reference, image)
+	configFile.OS, configFile.Architecture = "linux", c.arch
+	configFile.Config = v1.Config{Entrypoint: slices.Sorted(maps.Keys(c.files)), Env: []string{"PATH=/bin"}, WorkingDir: "/", User: c.user}
+	return mutate.ConfigFile(image, configFile)
 }
 
-// writeArchive writes the image as a tar of an OCI layout, named the way `ctr images import` expects it.
-func writeArchive(archive, reference string, image v1.Image) error {
+// writeImage writes an OCI archive, named the way `ctr images import` expects it: one image, or one for each of some processors.
+func writeImage(archive, reference string, contents ...content) error {
+	names := layout.WithAnnotations(map[string]string{
+		"io.containerd.image.name":          reference,
+		"org.opencontainers.image.ref.name": reference,
+	})
 	dir, err := os.MkdirTemp("", "oci-layout-")
 	if err != nil {
 		return err
@@ -82,16 +95,30 @@ func writeArchive(archive, reference string, image v1.Image) error {
 	if err != nil {
 		return err
 	}
-	err = path.AppendImage(image, layout.WithAnnotations(map[string]string{
-		"io.containerd.image.name":          reference,
-		"org.opencontainers.image.ref.name": reference,
-	}))
-	if err != nil {
+	index := mutate.IndexMediaType(empty.Index, types.OCIImageIndex)
+	for _, c := range contents {
+		image, err := c.image()
+		if err != nil {
+			return err
+		}
+		if len(contents) == 1 {
+			return errors.Join(path.AppendImage(image, names), writeArchive(archive, dir))
+		}
+		index = mutate.AppendManifests(index, mutate.IndexAddendum{
+			Add: image, Descriptor: v1.Descriptor{Platform: &v1.Platform{OS: "linux", Architecture: c.arch}},
+		})
+	}
+	if err := path.AppendIndex(index, names); err != nil {
 		return err
 	}
+	return writeArchive(archive, dir)
+}
+
+// writeArchive writes an OCI layout as a tar file.
+func writeArchive(archive, dir string) error {
 	var out bytes.Buffer
 	w := tar.NewWriter(&out)
-	err = fs.WalkDir(os.DirFS(dir), ".", func(name string, entry fs.DirEntry, err error) error {
+	err := fs.WalkDir(os.DirFS(dir), ".", func(name string, entry fs.DirEntry, err error) error {
 		if err != nil || entry.IsDir() {
 			return err
 		}
@@ -125,7 +152,7 @@ func writeTarFile(w *tar.Writer, name string, mode int64, content []byte) error 
 // loadNodeImages imports the sandbox image and the image of test workloads; there is no registry to pull them from.
 func loadNodeImages(ctx context.Context, cfg config) error {
 	pause := cfg.path("images/pause.tar")
-	if err := writeImage(pause, pauseImage, map[string]string{"/pause": cfg.binary("pause")}, nil); err != nil {
+	if err := writeImage(pause, pauseImage, content{arch: runtime.GOARCH, files: map[string]string{"/pause": cfg.binary("pause")}}); err != nil {
 		return err
 	}
 	applets, err := exec.CommandContext(ctx, busyboxBinary, "--list").Output()
@@ -139,7 +166,7 @@ func loadNodeImages(ctx context.Context, cfg config) error {
 		}
 	}
 	busybox := cfg.path("images/busybox.tar")
-	if err := writeImage(busybox, busyboxImage, map[string]string{"/bin/busybox": busyboxBinary}, links); err != nil {
+	if err := writeImage(busybox, busyboxImage, content{arch: runtime.GOARCH, files: map[string]string{"/bin/busybox": busyboxBinary}, links: links}); err != nil {
 		return err
 	}
 	for _, archive := range []string{pause, busybox} {
@@ -155,12 +182,48 @@ func load(ctx context.Context, archive string) error {
 	if _, err := os.Stat(archive); err != nil {
 		return err
 	}
-	if _, err := os.Stat(runtimeSock); err != nil {
-		return fmt.Errorf("no cluster is running here (%s is missing): run `make cluster-up` first", runtimeSock)
+	state, err := readHostState()
+	if errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("no cluster is running here (%s is missing): run `make cluster-up` first", hostStateFile)
 	}
-	out, err := exec.CommandContext(ctx, "ctr", "--address", runtimeSock, "--namespace", "k8s.io", "images", "import", archive).CombinedOutput()
+	if err != nil {
+		return err
+	}
+	cfg := state.config()
+	out, err := exec.CommandContext(ctx, cfg.containerdBinary("ctr"), "--address", runtimeSock, "--namespace", "k8s.io", "images", "import", archive).CombinedOutput()
 	if err != nil {
 		return fmt.Errorf("importing %s into the node: %w\n%s", archive, err, lastLines(string(out), 5))
 	}
 	return nil
+}
+
+// nobody is who runs the guard's image where its pod does not say: it needs no right of any user.
+const nobody = "65532:65532"
+
+// guardImage writes the image of a program for several processors, each given as ARCH=BINARY, and what it is made of beside it.
+func guardImage(archive, reference string, binaries []string) error {
+	var contents []content
+	for _, text := range binaries {
+		arch, binary, found := strings.Cut(text, "=")
+		if !found || arch == "" || binary == "" {
+			return fmt.Errorf("%q is not ARCH=BINARY, such as arm64=bin/arm64/eni-guard", text)
+		}
+		info, err := buildinfo.ReadFile(binary)
+		if err != nil {
+			return err
+		}
+		for _, setting := range info.Settings {
+			if setting.Key == "GOARCH" && setting.Value != arch {
+				return fmt.Errorf("%s is for %s, not for %s", binary, setting.Value, arch)
+			}
+			if setting.Key == "CGO_ENABLED" && setting.Value != "0" {
+				return fmt.Errorf("%s is not static: build it with CGO_ENABLED=0, there is nothing else in the image", binary)
+			}
+		}
+		contents = append(contents, content{arch: arch, user: nobody, files: map[string]string{"/" + filepath.Base(binary): binary}})
+		if err := writeMaterials(strings.TrimSuffix(archive, ".tar")+"-"+arch+".cdx.json", info); err != nil {
+			return err
+		}
+	}
+	return writeImage(archive, reference, contents...)
 }

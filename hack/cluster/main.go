@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
-	"path/filepath"
 	"syscall"
 	"time"
 
@@ -38,6 +37,7 @@ func newCommand() *cobra.Command {
 	cfg := config{}
 	root.PersistentFlags().StringVar(&cfg.repo, "repo", ".", "the checkout: its .cluster directory takes the kubeconfig, the audit log and the logs")
 	root.PersistentFlags().StringVar(&cfg.kubernetes, "kubernetes-version", defaultKubernetes, "the Kubernetes to build and run")
+	root.PersistentFlags().StringVar(&cfg.containerd, "containerd-version", "", "the containerd to build and run; Debian's if not given")
 	root.PersistentPreRunE = func(*cobra.Command, []string) error { return cfg.complete() }
 
 	up := &cobra.Command{
@@ -69,12 +69,30 @@ func newCommand() *cobra.Command {
 			RunE:  func(cmd *cobra.Command, args []string) error { return buildAPIServer(cmd.Context(), cfg, args[0]) },
 		},
 		&cobra.Command{
-			Use:   "image ARCHIVE REFERENCE BINARY",
-			Short: "Write an OCI archive that holds one static binary as its entry point",
-			Args:  cobra.ExactArgs(3),
-			RunE: func(_ *cobra.Command, args []string) error {
-				return writeImage(args[0], args[1], map[string]string{"/" + filepath.Base(args[2]): args[2]}, nil)
+			Use:   "packages NAME…",
+			Short: "Install the Debian packages whose binaries, which are called like them, are missing",
+			Args:  cobra.MinimumNArgs(1),
+			RunE: func(cmd *cobra.Command, names []string) error {
+				var tools []hostTool
+				for _, name := range names {
+					tools = append(tools, namesake(name))
+				}
+				return installPackages(cmd.Context(), tools)
 			},
+		},
+		&cobra.Command{
+			Use:   "crictl",
+			Short: "Build crictl, if it is missing, and link it into .cluster/bin",
+			Args:  cobra.NoArgs,
+			RunE: func(cmd *cobra.Command, _ []string) error {
+				return buildAndLink(cmd.Context(), cfg, []toolset{crictl()}, cfg.path("bin"))
+			},
+		},
+		&cobra.Command{
+			Use:   "image ARCHIVE REFERENCE ARCH=BINARY...",
+			Short: "Write an OCI archive that holds one static binary as its entry point, for one or more processors, and bills of its materials beside it",
+			Args:  cobra.MinimumNArgs(3),
+			RunE:  func(_ *cobra.Command, args []string) error { return guardImage(args[0], args[1], args[2:]) },
 		},
 		&cobra.Command{
 			Use:   "load ARCHIVE",

@@ -31,10 +31,13 @@ const (
 	busyboxBinary  = "/bin/busybox"
 )
 
-// installPackages installs the Debian packages that are missing; elsewhere than on Debian it says what is missing.
-func installPackages(ctx context.Context) error {
+// namesake is a Debian package whose binary is called like it.
+func namesake(name string) hostTool { return hostTool{binary: name, debian: name} }
+
+// installPackages installs the Debian packages of those tools that are missing; elsewhere than on Debian it says what is missing.
+func installPackages(ctx context.Context, tools []hostTool) error {
 	var binaries, packages []string
-	for _, tool := range hostTools {
+	for _, tool := range tools {
 		if _, err := exec.LookPath(tool.binary); err == nil && (tool.binary != busyboxBinary || isStatic(tool.binary)) {
 			continue
 		}
@@ -59,7 +62,7 @@ func installPackages(ctx context.Context) error {
 			return fmt.Errorf("apt-get %s: %w (are Debian's package archives reachable?)\n%s", args[0], err, lastLines(string(out), 5))
 		}
 	}
-	for _, tool := range hostTools {
+	for _, tool := range tools {
 		if _, err := exec.LookPath(tool.binary); err != nil {
 			return fmt.Errorf("%s is still missing after installing the Debian package %s", tool.binary, tool.debian)
 		}

@@ -23,7 +23,7 @@ const (
 
 // prepare gets everything the cluster needs onto this machine and starts nothing.
 func prepare(ctx context.Context, cfg config) error {
-	if err := installPackages(ctx); err != nil {
+	if err := installPackages(ctx, hostTools); err != nil {
 		return err
 	}
 	return buildTools(ctx, cfg)
@@ -75,8 +75,14 @@ func startCluster(ctx context.Context, cfg config) error {
 			return err
 		}
 	}
-	if err := os.RemoveAll(cfg.path("audit.log")); err != nil {
+	audit, err := filepath.Glob(cfg.path("audit*.log"))
+	if err != nil {
 		return err
+	}
+	for _, log := range audit {
+		if err := os.Remove(log); err != nil {
+			return err
+		}
 	}
 	if err := prepareHost(cfg); err != nil {
 		return err

@@ -11,11 +11,17 @@ import (
 	"github.com/containernetworking/cni/pkg/types"
 )
 
-// Bounds of the subnet's prefix length: /30 is the smallest with an address for a pod.
+// Bounds of the subnets' prefix lengths: an IPv4 /30 is the smallest with an address for a pod, and an IPv6 /112 has more
+// than the largest pool.
 const (
-	minPrefix = 16
-	maxPrefix = 30
+	minPrefix  = 16
+	maxPrefix  = 30
+	minPrefix6 = 64
+	maxPrefix6 = 112
 )
+
+// familiesAnnotation is how a pod says which addresses it gets, in the words of a Service's ipFamilies.
+const familiesAnnotation = "eni-sim/ip-families"
 
 // config is the plugin's network configuration.
 type config struct {
@@ -25,9 +31,16 @@ type config struct {
 	StateDir string `json:"stateDir"`
 	// Subnet is an IPv4 network from /16 to /30, without host bits.
 	Subnet netip.Prefix `json:"subnet"`
-	// PoolSize is how many addresses of the subnet pods may have: at least 1, at most what the subnet has apart from the
-	// network, the first and the broadcast address.
+	// Subnet6 is an IPv6 network from /64 to /112, without host bits.
+	Subnet6 netip.Prefix `json:"subnet6"`
+	// PoolSize is how many addresses of each subnet pods may have: at least 1, at most what the IPv4 subnet has apart from
+	// the network, the first and the broadcast address.
 	PoolSize int `json:"poolSize"`
+
+	// RuntimeConfig is what the runtime adds for the plugin's capabilities. This one is containerd's own.
+	RuntimeConfig struct {
+		PodAnnotations map[string]string `json:"io.kubernetes.cri.pod-annotations"`
+	} `json:"runtimeConfig"`
 }
 
 func (c *config) validate() error {
@@ -44,6 +57,14 @@ func (c *config) validate() error {
 		return fmt.Errorf("subnet %s has host bits: %s is meant", c.Subnet, c.Subnet.Masked())
 	case c.Subnet.Bits() < minPrefix || c.Subnet.Bits() > maxPrefix:
 		return fmt.Errorf("subnet %s is not between /%d and /%d", c.Subnet, minPrefix, maxPrefix)
+	case !c.Subnet6.IsValid():
+		return errors.New("subnet6 is missing")
+	case !c.Subnet6.Addr().Is6():
+		return fmt.Errorf("subnet6 %s is not an IPv6 network", c.Subnet6)
+	case c.Subnet6 != c.Subnet6.Masked():
+		return fmt.Errorf("subnet6 %s has host bits: %s is meant", c.Subnet6, c.Subnet6.Masked())
+	case c.Subnet6.Bits() < minPrefix6 || c.Subnet6.Bits() > maxPrefix6:
+		return fmt.Errorf("subnet6 %s is not between /%d and /%d", c.Subnet6, minPrefix6, maxPrefix6)
 	case c.PoolSize < 1 || c.PoolSize > usable(c.Subnet):
 		return fmt.Errorf("poolSize %d is not between 1 and the %d of subnet %s", c.PoolSize, usable(c.Subnet), c.Subnet)
 	}
@@ -91,4 +112,22 @@ func parseRequest(args *skel.CmdArgs) (*request, error) {
 	req.uid = string(pod.K8S_POD_UID)
 	req.hostDevice = hostDeviceName(namespace, name)
 	return &req, nil
+}
+
+// families says which addresses a pod gets.
+type families struct{ ipv4, ipv6 bool }
+
+// families reads the pod's annotation; without one a pod gets an IPv4 address alone. Only an ADD asks: whatever the
+// annotation says, a DEL must go through.
+func (c *config) families() (families, error) {
+	switch value := c.RuntimeConfig.PodAnnotations[familiesAnnotation]; value {
+	case "", "IPv4":
+		return families{ipv4: true}, nil
+	case "IPv6":
+		return families{ipv6: true}, nil
+	case "IPv4,IPv6":
+		return families{ipv4: true, ipv6: true}, nil
+	default:
+		return families{}, fmt.Errorf("annotation %s: %q is not IPv4, IPv6 or IPv4,IPv6", familiesAnnotation, value)
+	}
 }

@@ -12,12 +12,12 @@ import (
 )
 
 // checkConflict fails with an error that wraps EADDRINUSE if a network namespace of the node other than the host's and
-// the target has the address on any device.
+// the target has one of the addresses on any device.
 //
 // This is the answer that the kernel's ipvlan driver gives when Terway sets an address on a pod's device
-// (ipvlan_addr_busy: no two children of one parent may have the same, whatever namespaces they are in). veth devices,
+// (ipvlan_addr_busy, for either family: no two children of one parent may have the same, whatever namespaces they are in). veth devices,
 // which this plugin makes for want of ipvlan, have no such rule.
-func checkConflict(addr netip.Addr, target netns.NsHandle) error {
+func checkConflict(wanted []netip.Addr, target netns.NsHandle) error {
 	targetID, err := namespaceID(target)
 	if err != nil {
 		return err
@@ -41,14 +41,16 @@ func checkConflict(addr netip.Addr, target netns.NsHandle) error {
 		if err != nil {
 			return err
 		}
-		if slices.Contains(addrs, addr) {
-			return fmt.Errorf("set address %s on %s: network namespace %s (%s) has it: %w", addr, podDevice, ns.path, ns.id, unix.EADDRINUSE)
+		for _, addr := range wanted {
+			if slices.Contains(addrs, addr) {
+				return fmt.Errorf("set address %s on %s: network namespace %s (%s) has it: %w", addr, podDevice, ns.path, ns.id, unix.EADDRINUSE)
+			}
 		}
 	}
 	return nil
 }
 
-// addressesIn returns the IPv4 addresses of all devices in the namespace.
+// addressesIn returns the addresses of all devices in the namespace.
 func addressesIn(ns namespace) ([]netip.Addr, error) {
 	handle, err := openNamespace(ns.path)
 	if err != nil {
@@ -61,7 +63,7 @@ func addressesIn(ns namespace) ([]netip.Addr, error) {
 	}
 	defer socket.Close()
 	for {
-		list, err := socket.AddrList(nil, netlink.FAMILY_V4)
+		list, err := socket.AddrList(nil, netlink.FAMILY_ALL)
 		if errors.Is(err, netlink.ErrDumpInterrupted) { // changed while it was read
 			continue
 		}

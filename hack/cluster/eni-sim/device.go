@@ -16,9 +16,20 @@ import (
 // podDevice is the pod's end of the veth pair.
 const podDevice = "eth0"
 
-// gateway is the pod's next hop. No device has it: the pod has a fixed neighbour entry for it, with the hardware address
-// of the host's end.
-var gateway = net.IPv4(169, 254, 1, 1)
+// gateway and gateway6 are the pod's next hops. The pod has a fixed neighbour entry for each, with the hardware address of
+// the host's end. No device has the first; the host's end has the second, so that the host has an address of its own to
+// call a pod's IPv6 address from.
+var (
+	gateway  = netip.MustParseAddr("169.254.1.1")
+	gateway6 = netip.MustParseAddr("fe80::1")
+)
+
+func gatewayOf(addr netip.Addr) netip.Addr {
+	if addr.Is6() {
+		return gateway6
+	}
+	return gateway
+}
 
 // hostDeviceName returns the name of the host's end, made as by Terway (pkg/link/veth.go).
 func hostDeviceName(namespace, name string) string {
@@ -26,9 +37,9 @@ func hostDeviceName(namespace, name string) string {
 	return "cali" + hex.EncodeToString(sum[:])[:11]
 }
 
-// connect makes a veth pair between the host and the target namespace, with the address and the routes that either end
-// needs, and returns both ends. A device of the name hostDevice is removed first. After an error nothing new is left.
-func connect(target netns.NsHandle, hostDevice string, addr netip.Addr) (host, pod netlink.Link, err error) {
+// connect makes a veth pair between the host and the target namespace, with the addresses and the routes that either
+// end needs, and returns both ends. A device of the name hostDevice is removed first. After an error nothing new is left.
+func connect(target netns.NsHandle, hostDevice string, addrs []netip.Addr) (host, pod netlink.Link, err error) {
 	podSocket, err := netlink.NewHandleAt(target, unix.NETLINK_ROUTE)
 	if err != nil {
 		return nil, nil, fmt.Errorf("network namespace of the pod: %w", err)
@@ -55,29 +66,12 @@ func connect(target netns.NsHandle, hostDevice string, addr netip.Addr) (host, p
 		return nil, nil, fmt.Errorf("find %s of the pod: %w", podDevice, err)
 	}
 
-	address := hostNet(addr)
-	podIndex, hostIndex := pod.Attrs().Index, host.Attrs().Index
-	steps := []struct {
-		what string
-		do   func() error
-	}{
+	steps := []step{
 		{"set " + hostDevice + " up", func() error { return netlink.LinkSetUp(host) }},
-		{"set address " + address.String() + " on " + podDevice, func() error {
-			return podSocket.AddrAdd(pod, &netlink.Addr{IPNet: address})
-		}},
 		{"set " + podDevice + " up", func() error { return podSocket.LinkSetUp(pod) }},
-		{"set the pod's route to the gateway", func() error {
-			return podSocket.RouteAdd(&netlink.Route{LinkIndex: podIndex, Dst: &net.IPNet{IP: gateway, Mask: net.CIDRMask(32, 32)}, Scope: netlink.SCOPE_LINK})
-		}},
-		{"set the pod's default route", func() error {
-			return podSocket.RouteAdd(&netlink.Route{LinkIndex: podIndex, Gw: gateway, Flags: int(netlink.FLAG_ONLINK)})
-		}},
-		{"set the gateway's hardware address", func() error {
-			return podSocket.NeighSet(&netlink.Neigh{LinkIndex: podIndex, IP: gateway, HardwareAddr: host.Attrs().HardwareAddr, State: netlink.NUD_PERMANENT})
-		}},
-		{"set the host's route to " + address.String(), func() error {
-			return netlink.RouteReplace(&netlink.Route{LinkIndex: hostIndex, Dst: address, Scope: netlink.SCOPE_LINK})
-		}},
+	}
+	for _, addr := range addrs {
+		steps = append(steps, addressSteps(podSocket, host, pod, addr)...)
 	}
 	for _, step := range steps {
 		if err := step.do(); err != nil {
@@ -85,6 +79,44 @@ func connect(target netns.NsHandle, hostDevice string, addr netip.Addr) (host, p
 		}
 	}
 	return host, pod, nil
+}
+
+// step is a change that connect makes, and what it is for.
+type step struct {
+	what string
+	do   func() error
+}
+
+// addressSteps give the pod an address, and either end what it needs to reach the other by it.
+func addressSteps(podSocket *netlink.Handle, host, pod netlink.Link, addr netip.Addr) []step {
+	address, via := hostNet(addr), gatewayOf(addr)
+	podIndex, hostIndex := pod.Attrs().Index, host.Attrs().Index
+	var steps []step
+	flags := 0
+	if addr.Is6() {
+		// Without a search for duplicates, an address works at once.
+		flags = unix.IFA_F_NODAD
+		steps = []step{{"set address " + via.String() + " on " + host.Attrs().Name, func() error {
+			return netlink.AddrAdd(host, &netlink.Addr{IPNet: hostNet(via), Flags: flags})
+		}}}
+	}
+	return append(steps,
+		step{"set address " + address.String() + " on " + podDevice, func() error {
+			return podSocket.AddrAdd(pod, &netlink.Addr{IPNet: address, Flags: flags})
+		}},
+		step{"set the pod's route to the gateway", func() error {
+			return podSocket.RouteAdd(&netlink.Route{LinkIndex: podIndex, Dst: hostNet(via), Scope: netlink.SCOPE_LINK})
+		}},
+		step{"set the pod's default route", func() error {
+			return podSocket.RouteAdd(&netlink.Route{LinkIndex: podIndex, Gw: via.AsSlice(), Flags: int(netlink.FLAG_ONLINK)})
+		}},
+		step{"set the gateway's hardware address", func() error {
+			return podSocket.NeighSet(&netlink.Neigh{LinkIndex: podIndex, IP: via.AsSlice(), HardwareAddr: host.Attrs().HardwareAddr, State: netlink.NUD_PERMANENT})
+		}},
+		step{"set the host's route to " + address.String(), func() error {
+			return netlink.RouteReplace(&netlink.Route{LinkIndex: hostIndex, Dst: address, Scope: netlink.SCOPE_LINK})
+		}},
+	)
 }
 
 // removeHostDevice removes the device, and with it the pod's end and the host's route. A missing one is fine.

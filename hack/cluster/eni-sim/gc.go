@@ -132,7 +132,7 @@ func (c *collector) collect(ctx context.Context) error {
 		return err
 	}
 	for _, pod := range released {
-		c.log.Info("released", "pod", pod, "address", before.Records[pod].Address.String())
+		c.log.Info("released", "pod", pod, "addresses", before.Records[pod].addresses())
 	}
 	return nil
 }

@@ -135,10 +135,10 @@ func TestCollect(t *testing.T) {
 				if _, kept := p.Records[pod]; kept == want {
 					t.Errorf("%s: kept %t, want released %t", pod, kept, want)
 				}
-				if free := slices.Contains(p.Free, netip.MustParseAddr(address)); free != want {
+				if free := slices.Contains(p.IPv4.Free, netip.MustParseAddr(address)); free != want {
 					t.Errorf("%s: free %t, want %t", address, free, want)
 				}
-				if logged := strings.Contains(log.String(), `"msg":"released","pod":"`+pod+`","address":"`+address+`"}`); logged != want {
+				if logged := strings.Contains(log.String(), `"msg":"released","pod":"`+pod+`","addresses":["`+address+`"]}`); logged != want {
 					t.Errorf("%s: log %s, want a line %t", pod, log.String(), want)
 				}
 			}
@@ -238,11 +238,11 @@ func change(t *testing.T, s store, pod, container string) {
 		t.Fatal(err)
 	}
 	defer unlock()
-	p, err := s.loadFor(config{Subnet: netip.MustParsePrefix("10.112.1.0/24"), PoolSize: 8})
+	p, err := s.loadFor(config{Subnet: netip.MustParsePrefix("10.112.1.0/24"), Subnet6: netip.MustParsePrefix("fd00:112:1::/112"), PoolSize: 8})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := p.take(pod, container, "", time.Unix(1, 0).UTC()); err != nil {
+	if _, err := p.take(pod, families{ipv4: true}, container, "", time.Unix(1, 0).UTC()); err != nil {
 		t.Fatal(err)
 	}
 	if err := s.save(p); err != nil {

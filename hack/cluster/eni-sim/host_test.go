@@ -21,8 +21,10 @@ import (
 )
 
 const (
-	testSubnet = "10.112.1.0/24"
-	hostAddr   = "10.112.0.1"
+	testSubnet  = "10.112.1.0/24"
+	testSubnet6 = "fd00:112:1::/112"
+	hostAddr    = "10.112.0.1"
+	hostAddr6   = "fd00:112::1"
 )
 
 // host is a node of its own for one test: a network namespace that plays the host's, with mounts and forwarding of its
@@ -32,6 +34,7 @@ type host struct {
 	ns       netns.NsHandle
 	stateDir string
 	poolSize int
+	families string // the annotation of the pods that are added
 }
 
 // newHost moves the test's thread, which ends with the test, to the node.
@@ -53,10 +56,13 @@ func newHost(t *testing.T) *host {
 	}
 	t.Cleanup(func() { ns.Close() })
 	h := &host{t: t, ns: ns, stateDir: filepath.Join(t.TempDir(), "state"), poolSize: 32}
-	if err := os.WriteFile("/proc/sys/net/ipv4/ip_forward", []byte("1"), 0); err != nil {
-		t.Fatal(err)
+	for _, file := range []string{"/proc/sys/net/ipv4/ip_forward", "/proc/sys/net/ipv6/conf/all/forwarding"} {
+		if err := os.WriteFile(file, []byte("1"), 0); err != nil {
+			t.Fatal(err)
+		}
 	}
 	h.setLoopback(hostAddr)
+	h.setLoopback(hostAddr6)
 	return h
 }
 
@@ -120,8 +126,9 @@ func (h *host) setLoopback(addr string) {
 }
 
 func (h *host) config() string {
-	return fmt.Sprintf(`{"cniVersion":"1.0.0","name":"eni-sim","type":"eni-sim","stateDir":%q,"subnet":%q,"poolSize":%d}`,
-		h.stateDir, testSubnet, h.poolSize)
+	return fmt.Sprintf(`{"cniVersion":"1.0.0","name":"eni-sim","type":"eni-sim","stateDir":%q,"subnet":%q,"subnet6":%q,"poolSize":%d,`+
+		`"runtimeConfig":{"io.kubernetes.cri.pod-annotations":{"eni-sim/ip-families":%q}}}`,
+		h.stateDir, testSubnet, testSubnet6, h.poolSize, h.families)
 }
 
 func cniArgs(name, container string) string {
@@ -140,7 +147,7 @@ func (h *host) request(name, container, path string) *request {
 	return req
 }
 
-// add is an ADD that must succeed; it returns the address.
+// add is an ADD that must succeed; it returns the first address.
 func (h *host) add(name, container, path string) string {
 	h.t.Helper()
 	result, err := h.request(name, container, path).add()
@@ -195,7 +202,7 @@ func (h *host) pool() *pool {
 	return p
 }
 
-// picture describes the state, and the devices, addresses and IPv4 routes of the host and of the namespace.
+// picture describes the state, and the devices, addresses and routes of the host and of the namespace.
 func (h *host) picture(path string) string {
 	h.t.Helper()
 	var text strings.Builder
@@ -210,13 +217,13 @@ func (h *host) picture(path string) string {
 			h.t.Fatal(err)
 		}
 		for _, link := range links {
-			addrs, err := netlink.AddrList(link, netlink.FAMILY_V4)
+			addrs, err := netlink.AddrList(link, netlink.FAMILY_ALL)
 			if err != nil {
 				h.t.Fatal(err)
 			}
 			fmt.Fprintf(&text, "%s: %v\n", link.Attrs().Name, addrs)
 		}
-		routes, err := netlink.RouteList(nil, netlink.FAMILY_V4)
+		routes, err := netlink.RouteList(nil, netlink.FAMILY_ALL)
 		if err != nil {
 			h.t.Fatal(err)
 		}
@@ -232,7 +239,7 @@ func (h *host) picture(path string) string {
 // listen starts a server in the namespace of the thread that answers every connection with the caller's address.
 func (h *host) listen() (port int) {
 	h.t.Helper()
-	listener, err := net.Listen("tcp4", ":0")
+	listener, err := net.Listen("tcp", ":0")
 	if err != nil {
 		h.t.Fatal(err)
 	}
@@ -244,6 +251,7 @@ func (h *host) listen() (port int) {
 				return // closed
 			}
 			from, _, _ := net.SplitHostPort(conn.RemoteAddr().String())
+			from, _, _ = strings.Cut(from, "%") // without the device of a link-local address
 			json.NewEncoder(conn).Encode(from)
 			conn.Close()
 		}
@@ -254,7 +262,7 @@ func (h *host) listen() (port int) {
 // call connects from the namespace of the thread, and expects the server to see the caller's address.
 func (h *host) call(addr string, port int, from string) {
 	h.t.Helper()
-	conn, err := net.DialTimeout("tcp4", net.JoinHostPort(addr, fmt.Sprint(port)), patience)
+	conn, err := net.DialTimeout("tcp", net.JoinHostPort(addr, fmt.Sprint(port)), patience)
 	if err != nil {
 		h.t.Fatal(err)
 	}

@@ -41,9 +41,14 @@ func cmdCheck(args *skel.CmdArgs) error {
 	return req.check()
 }
 
-// add gives the pod an address and connects its namespace. The state is saved last, so after an error there is nothing to
-// undo in it: it is the one before the call. The error wraps EADDRINUSE if a namespace still has the address.
+// add gives the pod its addresses and connects its namespace. The state is saved last, so after an error there is nothing to
+// undo in it: it is the one before the call. The error wraps EADDRINUSE if a namespace still has one
+// of the addresses.
 func (r *request) add() (*cni.Result, error) {
+	wanted, err := r.families()
+	if err != nil {
+		return nil, err
+	}
 	target, err := openNamespace(r.netns)
 	if err != nil {
 		return nil, err
@@ -60,16 +65,16 @@ func (r *request) add() (*cni.Result, error) {
 	if err != nil {
 		return nil, err
 	}
-	addr, err := p.take(r.pod, r.container, r.uid, time.Now().UTC().Truncate(time.Second))
+	given, err := p.take(r.pod, wanted, r.container, r.uid, time.Now().UTC().Truncate(time.Second))
 	if err != nil {
 		return nil, err
 	}
-	// Before the devices: a leaked sandbox of the same pod still has one of the same name, which must stay if the address
-	// is refused.
-	if err := checkConflict(addr, target); err != nil {
+	// Before the devices: a leaked sandbox of the same pod still has one of the same name, which must stay if an
+	// address is refused.
+	if err := checkConflict(given.addresses(), target); err != nil {
 		return nil, err
 	}
-	host, pod, err := connect(target, r.hostDevice, addr)
+	host, pod, err := connect(target, r.hostDevice, given.addresses())
 	if err != nil {
 		return nil, err
 	}
@@ -77,18 +82,23 @@ func (r *request) add() (*cni.Result, error) {
 		return nil, errors.Join(err, removeHostDevice(r.hostDevice))
 	}
 
-	return &cni.Result{
+	result := &cni.Result{
 		CNIVersion: cni.ImplementedSpecVersion,
 		Interfaces: []*cni.Interface{
 			{Name: r.hostDevice, Mac: host.Attrs().HardwareAddr.String()},
 			{Name: podDevice, Mac: pod.Attrs().HardwareAddr.String(), Sandbox: r.netns},
 		},
-		IPs:    []*cni.IPConfig{{Interface: cni.Int(1), Address: *hostNet(addr), Gateway: gateway}},
-		Routes: []*types.Route{{Dst: net.IPNet{IP: net.IPv4zero, Mask: net.CIDRMask(0, 32)}, GW: gateway}},
-	}, nil
+	}
+	for _, addr := range given.addresses() {
+		via := gatewayOf(addr).AsSlice()
+		everywhere := net.IPNet{IP: make(net.IP, len(via)), Mask: make(net.IPMask, len(via))}
+		result.IPs = append(result.IPs, &cni.IPConfig{Interface: cni.Int(1), Address: *hostNet(addr), Gateway: via})
+		result.Routes = append(result.Routes, &types.Route{Dst: everywhere, GW: via})
+	}
+	return result, nil
 }
 
-// del takes the device out of the sandbox's own namespace, then releases the address, unless the record is another
+// del takes the device out of the sandbox's own namespace, then releases the addresses, unless the record is another
 // sandbox's: that one, and its device on the host, are left alone. Nothing to do is no error.
 func (r *request) del() error {
 	s := store{dir: r.StateDir}
@@ -121,7 +131,7 @@ func (r *request) del() error {
 	return s.save(p)
 }
 
-// check fails unless the sandbox has a record and its address is on its device.
+// check fails unless the sandbox has a record and its addresses are on its device.
 func (r *request) check() error {
 	p, err := store{dir: r.StateDir}.load()
 	if err != nil {
@@ -135,8 +145,10 @@ func (r *request) check() error {
 	if err != nil {
 		return err
 	}
-	if !slices.Contains(addrs, held.Address) {
-		return fmt.Errorf("network namespace %s does not have address %s", r.netns, held.Address)
+	for _, addr := range held.addresses() {
+		if !slices.Contains(addrs, addr) {
+			return fmt.Errorf("network namespace %s does not have address %s", r.netns, addr)
+		}
 	}
 	return nil
 }

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"net"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -51,6 +50,69 @@ func TestPodsAndHostReachEachOther(t *testing.T) {
 	}
 }
 
+func TestPodsAndHostReachEachOtherByIPv6(t *testing.T) {
+	h := newHost(t)
+	nsA, nsB := h.namespace(), h.namespace()
+	h.families = "IPv6"
+	a := h.add("web-0", "c1", nsA)
+	h.families = "IPv4,IPv6"
+	b4 := h.add("web-1", "c2", nsB)
+	b := h.pool().Records["shop/web-1"].IPv6.String()
+	if a != "fd00:112:1::2" || b4 != "10.112.1.2" || b != "fd00:112:1::3" {
+		t.Fatalf("addresses %s, and %s with %s", a, b4, b)
+	}
+	onHost := h.listen()
+	var inA, inB int
+	h.in(nsA, func() { inA = h.listen() })
+	h.in(nsB, func() { inB = h.listen() })
+
+	h.call(a, inA, hostAddr6)
+	h.call(b, inB, hostAddr6)
+	h.call(b4, inB, hostAddr)
+	h.in(nsA, func() {
+		h.call(hostAddr6, onHost, a)
+		h.call(b, inB, a)
+	})
+	h.in(nsB, func() {
+		h.call(hostAddr, onHost, b4)
+		h.call(a, inA, b)
+	})
+
+	if !h.check("web-1", "c2", nsB) {
+		t.Error("CHECK failed")
+	}
+	h.in(nsB, func() {
+		eth0, err := netlink.LinkByName(podDevice)
+		if err == nil {
+			err = netlink.AddrDel(eth0, &netlink.Addr{IPNet: hostNet(netip.MustParseAddr(b))})
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	})
+	if h.check("web-1", "c2", nsB) {
+		t.Error("CHECK succeeded without the second address")
+	}
+}
+
+// TestIPv6FromAHostWithout has a node whose devices have no IPv6 address but the kernel's own.
+func TestIPv6FromAHostWithout(t *testing.T) {
+	h := newHost(t)
+	lo, err := netlink.LinkByName("lo")
+	if err == nil {
+		err = netlink.AddrDel(lo, &netlink.Addr{IPNet: hostNet(netip.MustParseAddr(hostAddr6))})
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := h.namespace()
+	h.families = "IPv6"
+	pod := h.add("web-0", "c1", path)
+	var port int
+	h.in(path, func() { port = h.listen() })
+	h.call(pod, port, gateway6.String())
+}
+
 func TestReleasedAddressIsTheNextOne(t *testing.T) {
 	h := newHost(t)
 	empty := h.namespace()
@@ -73,8 +135,8 @@ func TestReleasedAddressIsTheNextOne(t *testing.T) {
 	if after := h.picture(empty); !strings.HasSuffix(after, before) {
 		t.Errorf("left behind:\n%s\nat first:\n%s", after, before)
 	}
-	if p := h.pool(); len(p.Records) != 0 || len(p.Free) != h.poolSize {
-		t.Errorf("left behind: %v, %d free", p.Records, len(p.Free))
+	if p := h.pool(); len(p.Records) != 0 || len(p.IPv4.Free) != h.poolSize {
+		t.Errorf("left behind: %v, %d free", p.Records, len(p.IPv4.Free))
 	}
 }
 
@@ -159,31 +221,48 @@ func TestConflictLeavesOutTheHostAndTheTarget(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer target.Close()
-	if err := checkConflict(netip.MustParseAddr(addr), target); err != nil {
+	if err := checkConflict([]netip.Addr{netip.MustParseAddr(addr)}, target); err != nil {
 		t.Error(err)
 	}
 }
 
 // TestIncident is the incident, from the forced deletion on.
 func TestIncident(t *testing.T) {
-	h := newHost(t)
-	leaked, next := h.namespace(), h.namespace()
-	addr := h.add("web-0", "c1", leaked)
-	h.collect() // the API server has no pod any more
-	if err := h.addFails("api-0", "c2", next); !errors.Is(err, syscall.EADDRINUSE) {
-		t.Errorf("error %v", err)
-	}
-	h.del("api-0", "c2", next) // the runtime cleans up after itself
-	h.addFails("api-0", "c3", next)
+	for _, families := range []string{"IPv4", "IPv6", "IPv4,IPv6"} {
+		t.Run(families, func(t *testing.T) {
+			h := newHost(t)
+			h.families = families
+			leaked, next := h.namespace(), h.namespace()
+			addr := h.add("web-0", "c1", leaked)
+			h.collect() // the API server has no pod any more
+			if err := h.addFails("api-0", "c2", next); !errors.Is(err, syscall.EADDRINUSE) {
+				t.Errorf("error %v", err)
+			}
+			h.del("api-0", "c2", next) // the runtime cleans up after itself
+			h.addFails("api-0", "c3", next)
 
-	// The stuck process ends at last; the record is not the leaked sandbox's.
-	h.del("web-0", "c1", leaked)
-	if got := h.add("api-0", "c4", next); got != addr {
-		t.Errorf("address %s, want %s", got, addr)
+			// The stuck process ends at last; the record is not the leaked sandbox's.
+			h.del("web-0", "c1", leaked)
+			if got := h.add("api-0", "c4", next); got != addr {
+				t.Errorf("address %s, want %s", got, addr)
+			}
+			h.del("web-0", "c1", leaked) // and a late one again
+			if !h.check("api-0", "c4", next) {
+				t.Error("the new pod lost its address")
+			}
+		})
 	}
-	h.del("web-0", "c1", leaked) // and a late one again
-	if !h.check("api-0", "c4", next) {
-		t.Error("the new pod lost its address")
+}
+
+// TestSecondAddressInUse has a leaked sandbox with an IPv6 address alone, and a new pod with both.
+func TestSecondAddressInUse(t *testing.T) {
+	h := newHost(t)
+	h.families = "IPv6"
+	leaked := h.add("web-0", "c1", h.namespace())
+	h.collect()
+	h.families = "IPv4,IPv6"
+	if err := h.addFails("api-0", "c2", h.namespace()); !errors.Is(err, syscall.EADDRINUSE) || !strings.Contains(err.Error(), leaked) {
+		t.Errorf("error %v", err)
 	}
 }
 
@@ -240,7 +319,7 @@ func TestFailedAddLeavesNothing(t *testing.T) {
 		h := newHost(t)
 		h.poolSize = 1
 		h.add("web-0", "c1", h.namespace())
-		if err := h.addFails("web-1", "c2", h.namespace()); !strings.Contains(err.Error(), "the pool of 1 of 10.112.1.0/24 is exhausted") {
+		if err := h.addFails("web-1", "c2", h.namespace()); !strings.Contains(err.Error(), "the pool of 10.112.1.0/24 is exhausted") {
 			t.Errorf("error %v", err)
 		}
 	})
@@ -263,7 +342,7 @@ func TestFailedAddLeavesNothing(t *testing.T) {
 			h.setLoopback("10.112.2.1")
 			lo, err := netlink.LinkByName("lo")
 			if err == nil {
-				err = netlink.RouteAdd(&netlink.Route{LinkIndex: lo.Attrs().Index, Dst: &net.IPNet{IP: gateway, Mask: net.CIDRMask(32, 32)}, Scope: netlink.SCOPE_LINK})
+				err = netlink.RouteAdd(&netlink.Route{LinkIndex: lo.Attrs().Index, Dst: hostNet(gateway), Scope: netlink.SCOPE_LINK})
 			}
 			if err != nil {
 				t.Fatal(err)
@@ -292,9 +371,18 @@ func TestFailedAddLeavesNothing(t *testing.T) {
 		h := newHost(t)
 		h.add("web-0", "c1", h.namespace())
 		h.poolSize = 31
-		if err := h.addFails("web-1", "c2", h.namespace()); !strings.Contains(err.Error(), "is of 32 addresses of 10.112.1.0/24, but the network configuration says 31") {
+		if err := h.addFails("web-1", "c2", h.namespace()); !strings.Contains(err.Error(), "is of 32 addresses of 10.112.1.0/24 and of fd00:112:1::/112, but the network configuration says 31") {
 			t.Errorf("error %v", err)
 		}
+	})
+	t.Run("unknown families", func(t *testing.T) {
+		h := newHost(t)
+		h.families = "IPv5"
+		path := h.namespace()
+		if err := h.addFails("web-0", "c1", path); !strings.Contains(err.Error(), `annotation eni-sim/ip-families: "IPv5" is not IPv4, IPv6 or IPv4,IPv6`) {
+			t.Errorf("error %v", err)
+		}
+		h.del("web-0", "c1", path)
 	})
 	t.Run("no namespace", func(t *testing.T) {
 		h := newHost(t)
@@ -418,7 +506,7 @@ func TestProtocol(t *testing.T) {
 	if err != nil || link.Attrs().HardwareAddr.String() != hostEnd.Mac {
 		t.Errorf("the host's end: %v, %v, want %s", link, err, hostEnd.Mac)
 	}
-	want := record{Address: netip.MustParseAddr("10.112.1.2"), Container: "c1", PodUID: "uid-of-c1"}
+	want := record{IPv4: netip.MustParseAddr("10.112.1.2"), Container: "c1", PodUID: "uid-of-c1"}
 	got := h.pool().Records["shop/web-0"]
 	if got.Since.IsZero() {
 		t.Error("a record without a time")

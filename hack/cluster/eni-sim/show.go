@@ -9,6 +9,7 @@ import (
 	"maps"
 	"net/netip"
 	"slices"
+	"strings"
 	"text/tabwriter"
 	"time"
 
@@ -20,7 +21,7 @@ func newShowCommand() *cobra.Command {
 	var output string
 	cmd := &cobra.Command{
 		Use:   "show",
-		Short: "Print which pod has which address, and which address is next",
+		Short: "Print which pod has which addresses, and which ones are next",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if output != "" && output != "json" {
@@ -49,9 +50,22 @@ func newShowCommand() *cobra.Command {
 
 // shown is the JSON form.
 type shown struct {
-	Pods []shownPod  `json:"pods"`
+	Pods []shownPod `json:"pods"`
+	IPv4 shownBlock `json:"ipv4"`
+	IPv6 shownBlock `json:"ipv6"`
+}
+
+type shownBlock struct {
 	Next *netip.Addr `json:"next"` // null when none is free
 	Free int         `json:"free"`
+}
+
+func showBlock(b block) shownBlock {
+	s := shownBlock{Free: len(b.Free)}
+	if len(b.Free) > 0 {
+		s.Next = &b.Free[0]
+	}
+	return s
 }
 
 type shownPod struct {
@@ -60,12 +74,9 @@ type shownPod struct {
 }
 
 func showJSON(w io.Writer, p *pool) error {
-	s := shown{Pods: []shownPod{}, Free: len(p.Free)}
+	s := shown{Pods: []shownPod{}, IPv4: showBlock(p.IPv4), IPv6: showBlock(p.IPv6)}
 	for _, pod := range slices.Sorted(maps.Keys(p.Records)) {
 		s.Pods = append(s.Pods, shownPod{Pod: pod, record: p.Records[pod]})
-	}
-	if len(p.Free) > 0 {
-		s.Next = &p.Free[0]
 	}
 	encoder := json.NewEncoder(w)
 	encoder.SetIndent("", "  ")
@@ -74,18 +85,29 @@ func showJSON(w io.Writer, p *pool) error {
 
 func showTable(w io.Writer, p *pool) error {
 	table := tabwriter.NewWriter(w, 0, 0, 3, ' ', 0)
-	fmt.Fprintln(table, "POD\tADDRESS\tSANDBOX\tSINCE")
+	fmt.Fprintln(table, "POD\tADDRESSES\tSANDBOX\tSINCE")
 	for _, pod := range slices.Sorted(maps.Keys(p.Records)) {
 		r := p.Records[pod]
-		fmt.Fprintf(table, "%s\t%s\t%.13s\t%s\n", pod, r.Address, r.Container, r.Since.Format(time.RFC3339))
+		fmt.Fprintf(table, "%s\t%s\t%.13s\t%s\n", pod, joined(r.addresses()), r.Container, r.Since.Format(time.RFC3339))
 	}
 	if err := table.Flush(); err != nil {
 		return err
 	}
-	next := "none, the pool is exhausted"
-	if len(p.Free) > 0 {
-		next = p.Free[0].String()
-	}
-	_, err := fmt.Fprintf(w, "\nNext address: %s (%d of %d free)\n", next, len(p.Free), p.Size)
+	_, err := fmt.Fprintf(w, "\nNext address: %s\nNext IPv6 address: %s\n", nextOf(p.IPv4, p.Size), nextOf(p.IPv6, p.Size))
 	return err
+}
+
+func nextOf(b block, size int) string {
+	if len(b.Free) == 0 {
+		return "none, the pool is exhausted"
+	}
+	return fmt.Sprintf("%s (%d of %d free)", b.Free[0], len(b.Free), size)
+}
+
+func joined(addrs []netip.Addr) string {
+	var texts []string
+	for _, addr := range addrs {
+		texts = append(texts, addr.String())
+	}
+	return strings.Join(texts, ",")
 }

@@ -52,19 +52,19 @@ func (s store) load() (*pool, error) {
 	return p, nil
 }
 
-// loadFor returns the saved state, or on first use a new one. A state of another subnet or size is an error: addresses
+// loadFor returns the saved state, or on first use a new one. A state of other subnets or another size is an error: addresses
 // of either could be given twice.
 func (s store) loadFor(c config) (*pool, error) {
 	p, err := s.load()
 	if errors.Is(err, fs.ErrNotExist) {
-		return newPool(c.Subnet, c.PoolSize), nil
+		return newPool(c.Subnet, c.Subnet6, c.PoolSize), nil
 	}
 	if err != nil {
 		return nil, err
 	}
-	if p.Subnet != c.Subnet || p.Size != c.PoolSize {
-		return nil, fmt.Errorf("state: %s is of %d addresses of %s, but the network configuration says %d of %s; remove it when the node has no pods",
-			s.file(), p.Size, p.Subnet, c.PoolSize, c.Subnet)
+	if p.IPv4.Subnet != c.Subnet || p.IPv6.Subnet != c.Subnet6 || p.Size != c.PoolSize {
+		return nil, fmt.Errorf("state: %s is of %d addresses of %s and of %s, but the network configuration says %d of %s and of %s; remove it when the node has no pods",
+			s.file(), p.Size, p.IPv4.Subnet, p.IPv6.Subnet, c.PoolSize, c.Subnet, c.Subnet6)
 	}
 	return p, nil
 }
