@@ -2,6 +2,8 @@ package mtls
 
 import (
 	"crypto/tls"
+	"errors"
+	"fmt"
 	"io"
 	"log"
 	"net"
@@ -20,7 +22,7 @@ import (
 func serve(t *testing.T, dir Dir) string {
 	t.Helper()
 	server := httptest.NewUnstartedServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
-	server.TLS = dir.Server(WebhookName)
+	server.TLS = Server(dir, WebhookName)
 	server.Config.ErrorLog = log.New(io.Discard, "", 0)
 	server.StartTLS()
 	t.Cleanup(server.Close)
@@ -28,9 +30,9 @@ func serve(t *testing.T, dir Dir) string {
 }
 
 // call makes one request over a new connection.
-func call(t *testing.T, dir Dir, url string) error {
+func call(t *testing.T, source Source, url string) error {
 	t.Helper()
-	transport := &http.Transport{DialTLSContext: dir.Dialer(&net.Dialer{Timeout: 5 * time.Second}, AgentName)}
+	transport := &http.Transport{DialTLSContext: Dialer(source, &net.Dialer{Timeout: 5 * time.Second}, AgentName)}
 	defer transport.CloseIdleConnections()
 	request, err := http.NewRequestWithContext(t.Context(), http.MethodGet, url, nil)
 	if err != nil {
@@ -130,8 +132,8 @@ func TestCheckNamesWhatIsWrong(t *testing.T) {
 	for _, test := range []struct {
 		file, content, want string
 	}{
-		{certificateFile, "", "certificate in "},
-		{keyFile, "no key", "certificate in "},
+		{certificateFile, "", "tls.crt and tls.key: "},
+		{keyFile, "no key", "tls.crt and tls.key: "},
 		{authorityFile, "no certificate", "ca.crt holds no PEM certificate"},
 	} {
 		dir := t.TempDir()
@@ -148,5 +150,68 @@ func TestCheckNamesWhatIsWrong(t *testing.T) {
 	}
 	if err := Dir(t.TempDir()).Check(); err == nil || !strings.Contains(err.Error(), "no such file") {
 		t.Errorf("an empty directory: %v", err)
+	}
+}
+
+// The kubelet writes the new files beside the old ones, and then lets one link point to them.
+func TestAReplacedVolumeIsReadWhole(t *testing.T) {
+	dir := t.TempDir()
+	generation := func(i int) string { return filepath.Join(dir, fmt.Sprint("..", i%2)) }
+	for i := range 2 {
+		if err := os.Mkdir(generation(i), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		mtlstest.NewAuthority(t).Issue(t, generation(i), AgentName, time.Hour)
+	}
+	point := func(i int) error {
+		link := filepath.Join(dir, "..data_tmp")
+		return errors.Join(os.Symlink(generation(i), link), os.Rename(link, filepath.Join(dir, "..data")))
+	}
+	if err := point(0); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{certificateFile, keyFile, authorityFile} {
+		if err := os.Symlink(filepath.Join("..data", name), filepath.Join(dir, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for i := range 1000 {
+		replaced := make(chan error)
+		go func() { replaced <- point(i + 1) }()
+		if err := Dir(dir).Check(); err != nil {
+			t.Error(err)
+		}
+		if err := <-replaced; err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func TestMemoryKeepsWhatIsGood(t *testing.T) {
+	ours := mtlstest.NewAuthority(t)
+	server, client := t.TempDir(), t.TempDir()
+	ours.Issue(t, server, AgentName, time.Hour)
+	ours.Issue(t, client, WebhookName, time.Hour)
+	url := serve(t, Dir(server))
+	data := map[string][]byte{}
+	for _, name := range []string{certificateFile, keyFile, authorityFile} {
+		content, err := os.ReadFile(filepath.Join(client, name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		data[name] = content
+	}
+	memory := &Memory{}
+	if err := call(t, memory, url); err == nil || memory.Check() == nil {
+		t.Errorf("an empty memory has a certificate: %v", err)
+	}
+	if err := memory.Set(data); err != nil {
+		t.Fatal(err)
+	}
+	if err := memory.Set(map[string][]byte{}); err == nil {
+		t.Error("nothing was taken for a certificate")
+	}
+	if err := call(t, memory, url); err != nil {
+		t.Error(err)
 	}
 }

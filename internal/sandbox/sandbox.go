@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -51,15 +52,27 @@ func (q Query) Validate() error {
 			return fmt.Errorf("field %q has %d characters, at most %d are allowed", field.name, len(field.value), maxIDLength)
 		}
 	}
-	// The UID becomes part of file names below the cgroup mount and of a label selector of the runtime.
-	if strings.Trim(q.UID, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-") != "" {
-		return fmt.Errorf("field \"uid\": %q is not the UID of a pod", q.UID)
+	if err := ValidateUID(q.UID); err != nil {
+		return fmt.Errorf("field \"uid\": %w", err)
 	}
 	if len(q.IPs) > maxAddresses {
 		return fmt.Errorf("field \"ips\" has %d addresses, at most %d are allowed", len(q.IPs), maxAddresses)
 	}
 	if slices.ContainsFunc(q.IPs, func(ip netip.Addr) bool { return !ip.IsValid() }) {
 		return errors.New("field \"ips\" has an empty address")
+	}
+	return nil
+}
+
+// podUID is what the UIDs of pods look like: those of the API server (k8s.io/apimachinery pkg/util/uuid), and those that a kubelet
+// gives to static pods (pkg/kubelet/config, applyDefaults: an MD5 sum).
+var podUID = regexp.MustCompile(`^([0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}|[0-9a-f]{32})$`)
+
+// ValidateUID returns an error for what is not the whole UID of a pod. No cgroup and no sandbox has a part of one, so that nothing
+// would seem to be left.
+func ValidateUID(uid string) error {
+	if !podUID.MatchString(uid) {
+		return fmt.Errorf("%.80q is not the UID of a pod", uid)
 	}
 	return nil
 }
@@ -71,7 +84,8 @@ const maxAddresses = 16
 type Kind string
 
 const (
-	// ProcessAlive means: a process in the pod's cgroup, or a thread of one, is not dead.
+	// ProcessAlive means: a process, or a thread of one, is not dead that is in the pod's cgroup, or in a network namespace
+	// of the pod.
 	ProcessAlive Kind = "ProcessAlive"
 	// ContainerRunning means: the runtime says a container of the pod runs.
 	ContainerRunning Kind = "ContainerRunning"
@@ -81,6 +95,9 @@ const (
 	IPAssigned Kind = "IPAssigned"
 	// NetnsOpen means: a network namespace of the pod exists.
 	NetnsOpen Kind = "NetnsOpen"
+	// PeerOpen means: a device of the host that leads to one of the pod's addresses has its other end in a network namespace
+	// that does not show, because no mount and no process keeps it, but an open file or a socket.
+	PeerOpen Kind = "PeerOpen"
 )
 
 // Finding is one thing of the pod that is still on the node.
@@ -96,7 +113,7 @@ type Finding struct {
 	Process *Process `json:"process,omitempty"`
 	// Netns is the path of the namespace, or net:[INODE] where it has none: NetnsOpen, IPAssigned.
 	Netns string `json:"netns,omitempty"`
-	// IP and Interface: IPAssigned.
+	// IP and Interface: IPAssigned, and PeerOpen, with the host's device.
 	IP        netip.Addr `json:"ip,omitzero"`
 	Interface string     `json:"interface,omitempty"`
 }
@@ -110,8 +127,13 @@ type Process struct {
 	State string `json:"state"`
 	// WaitChannel is the kernel function it sleeps in (/proc/PID/wchan); empty when it does not sleep or when the kernel
 	// does not tell.
-	WaitChannel string    `json:"waitChannel,omitempty"`
-	Started     time.Time `json:"started,omitzero"`
+	WaitChannel string `json:"waitChannel,omitempty"`
+	// Stack is the kernel functions that it sleeps in, innermost first (/proc/PID/stack): of a process in state D, where the
+	// kernel tells.
+	Stack   []string  `json:"stack,omitempty"`
+	Started time.Time `json:"started,omitzero"`
+	// Outside says that it is in none of the pod's cgroups, only in a network namespace of the pod.
+	Outside bool `json:"outsideCgroup,omitempty"`
 }
 
 // Uninterruptible says whether no signal can end the process.
@@ -123,14 +145,16 @@ type ProbeName string
 const (
 	// ProbeRuntime asks the container runtime over CRI.
 	ProbeRuntime ProbeName = "runtime"
-	// ProbeProcesses reads the pod's cgroups and /proc.
+	// ProbeCgroups lists the processes in the pod's cgroups.
+	ProbeCgroups ProbeName = "cgroups"
+	// ProbeProcesses reads in /proc which processes there are, in which network namespaces, and what they do.
 	ProbeProcesses ProbeName = "processes"
-	// ProbeNetns looks at the pod's network namespaces.
+	// ProbeNetns looks into every network namespace of the node.
 	ProbeNetns ProbeName = "netns"
 )
 
 // Required lists the probes that must have run before a pod counts as released.
-var Required = []ProbeName{ProbeRuntime, ProbeProcesses, ProbeNetns}
+var Required = []ProbeName{ProbeRuntime, ProbeCgroups, ProbeProcesses, ProbeNetns}
 
 // Probe tells whether one of the agent's probes ran.
 type Probe struct {
@@ -147,6 +171,51 @@ type Report struct {
 	UID      string    `json:"uid"`
 	Probes   []Probe   `json:"probes"`
 	Findings []Finding `json:"findings,omitempty"`
+	// What follows explains, and decides nothing.
+
+	// Sandboxes are the runtime's records of the pod, also of sandboxes that have ended.
+	Sandboxes []Sandbox `json:"sandboxes,omitempty"`
+	// Conflicts are other pods that have one of the pod's addresses.
+	Conflicts []Conflict `json:"conflicts,omitempty"`
+	// Routes are the host's routes and rules for the pod's addresses.
+	Routes []string `json:"routes,omitempty"`
+}
+
+// Pod names a pod. Namespace and name are empty where only the kernel knows of it.
+type Pod struct {
+	Namespace string `json:"namespace,omitempty"`
+	Name      string `json:"name,omitempty"`
+	UID       string `json:"uid"`
+}
+
+func (p Pod) String() string {
+	if p.Name == "" {
+		return "with UID " + p.UID
+	}
+	return p.Namespace + "/" + p.Name + " (UID " + p.UID + ")"
+}
+
+// Sandbox is a container runtime's record of a sandbox.
+type Sandbox struct {
+	ID    string `json:"id"`
+	Ready bool   `json:"ready"`
+	// PID is that of its own process; 0 where the runtime does not tell, or there is none any more.
+	PID int `json:"pid,omitempty"`
+	// Netns is the path of its network namespace; empty when that is the host's.
+	Netns  string       `json:"netns,omitempty"`
+	IPs    []netip.Addr `json:"ips,omitempty"`
+	Cgroup string       `json:"cgroup,omitempty"`
+}
+
+// Conflict is an address of the pod that another pod has in a network namespace of its own.
+type Conflict struct {
+	IP    netip.Addr `json:"ip"`
+	Netns string     `json:"netns"`
+	Pod   Pod        `json:"pod"`
+}
+
+func (c Conflict) String() string {
+	return fmt.Sprintf("address %s is also in network namespace %s of pod %s", c.IP, c.Netns, c.Pod)
 }
 
 // Verdict judges the evidence: any finding binds, whatever else failed; no finding releases only when every required
@@ -194,7 +263,7 @@ func (f Finding) rank() int {
 		return 2
 	case f.Kind == SandboxReady:
 		return 3
-	case f.Kind == IPAssigned:
+	case f.Kind == IPAssigned, f.Kind == PeerOpen:
 		return 4
 	default:
 		return 5
@@ -217,6 +286,8 @@ func (f Finding) String() string {
 		return fmt.Sprintf("address %s is on %s in network namespace %s", f.IP, f.Interface, f.Netns)
 	case NetnsOpen:
 		return fmt.Sprintf("network namespace %s is open", f.Netns)
+	case PeerOpen:
+		return fmt.Sprintf("the other end of the host's device %s, which leads to %s, is in a network namespace that does not show", f.Interface, f.IP)
 	default:
 		return string(f.Kind)
 	}
@@ -224,6 +295,9 @@ func (f Finding) String() string {
 
 func (p Process) String() string {
 	text := fmt.Sprintf("%d (%s) is in state %s", p.PID, printable(p.Command), p.State)
+	if p.Outside {
+		text = fmt.Sprintf("%d (%s), in the pod's network namespace but not in its cgroup, is in state %s", p.PID, printable(p.Command), p.State)
+	}
 	if p.Uninterruptible() {
 		text += " (uninterruptible sleep)"
 	}

@@ -27,11 +27,12 @@ func TestVerdict(t *testing.T) {
 		"all probes ran and found nothing":            {Report{Probes: ran(Required...)}, Released},
 		"a finding binds":                             {Report{Probes: ran(Required...), Findings: finding}, Bound},
 		"a finding binds though every probe failed":   {Report{Findings: finding}, Bound},
-		"the runtime is missing":                      {Report{Probes: ran(ProbeProcesses, ProbeNetns)}, Unknown},
-		"the processes are missing":                   {Report{Probes: ran(ProbeRuntime, ProbeNetns)}, Unknown},
-		"the namespaces are missing":                  {Report{Probes: ran(ProbeRuntime, ProbeProcesses)}, Unknown},
-		"a probe failed":                              {Report{Probes: append(ran(ProbeRuntime, ProbeProcesses), Probe{Name: ProbeNetns, Error: "no"})}, Unknown},
-		"a probe of another name is no substitute":    {Report{Probes: append(ran(ProbeRuntime, ProbeProcesses), Probe{Name: "other"})}, Unknown},
+		"the runtime is missing":                      {Report{Probes: ran(ProbeCgroups, ProbeProcesses, ProbeNetns)}, Unknown},
+		"the cgroups are missing":                     {Report{Probes: ran(ProbeRuntime, ProbeProcesses, ProbeNetns)}, Unknown},
+		"the processes are missing":                   {Report{Probes: ran(ProbeRuntime, ProbeCgroups, ProbeNetns)}, Unknown},
+		"the namespaces are missing":                  {Report{Probes: ran(ProbeRuntime, ProbeCgroups, ProbeProcesses)}, Unknown},
+		"a probe failed":                              {Report{Probes: append(ran(ProbeRuntime, ProbeCgroups, ProbeProcesses), Probe{Name: ProbeNetns, Error: "no"})}, Unknown},
+		"a probe of another name is no substitute":    {Report{Probes: append(ran(ProbeRuntime, ProbeCgroups, ProbeProcesses), Probe{Name: "other"})}, Unknown},
 		"a probe that a newer agent has does no harm": {Report{Probes: append(ran(Required...), Probe{Name: "other", Error: "no"})}, Released},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -43,7 +44,7 @@ func TestVerdict(t *testing.T) {
 }
 
 func TestFailuresNameEveryProbeThatDidNotRun(t *testing.T) {
-	report := Report{Probes: []Probe{{Name: ProbeRuntime, Error: "connection refused"}, {Name: ProbeProcesses}}}
+	report := Report{Probes: []Probe{{Name: ProbeRuntime, Error: "connection refused"}, {Name: ProbeCgroups}, {Name: ProbeProcesses}}}
 	want := []string{
 		`the probe "runtime" did not run: connection refused`,
 		`the probe "netns" is missing from the agent's answer`,
@@ -77,8 +78,12 @@ func TestFindingInPlainWords(t *testing.T) {
 	for want, finding := range map[string]Finding{
 		"process 42 (cat) is in state D (uninterruptible sleep) in request_wait_answer": {
 			Kind: ProcessAlive, Process: &Process{PID: 42, Command: "cat", State: "D", WaitChannel: "request_wait_answer"}},
-		"process 42 (cat) is in state R":                                    {Kind: ProcessAlive, Process: &Process{PID: 42, Command: "cat", State: "R"}},
-		"process 42 (a?b?[2Kc) is in state R":                               {Kind: ProcessAlive, Process: &Process{PID: 42, Command: "a\nb\x1b[2Kc", State: "R"}},
+		"process 42 (cat) is in state R":      {Kind: ProcessAlive, Process: &Process{PID: 42, Command: "cat", State: "R"}},
+		"process 42 (a?b?[2Kc) is in state R": {Kind: ProcessAlive, Process: &Process{PID: 42, Command: "a\nb\x1b[2Kc", State: "R"}},
+		"process 42 (nc), in the pod's network namespace but not in its cgroup, is in state S": {
+			Kind: ProcessAlive, Process: &Process{PID: 42, Command: "nc", State: "S", Outside: true}},
+		"the other end of the host's device cali1, which leads to 10.0.0.1, is in a network namespace that does not show": {
+			Kind: PeerOpen, Interface: "cali1", IP: netip.MustParseAddr("10.0.0.1")},
 		"a process is alive":                                                {Kind: ProcessAlive},
 		"container web (0123456789abc) is running":                          {Kind: ContainerRunning, ContainerName: "web", Container: "0123456789abcdef"},
 		"sandbox 0123456789abc is ready":                                    {Kind: SandboxReady, Sandbox: "0123456789abcdef"},
@@ -129,13 +134,18 @@ func TestWireFormat(t *testing.T) {
 		Node: "n", UID: "u",
 		Probes: []Probe{{Name: ProbeRuntime}, {Name: ProbeNetns, Error: "e"}},
 		Findings: []Finding{
-			{Kind: ProcessAlive, Process: &Process{PID: 1, Command: "c", State: "D", WaitChannel: "w", Started: time.Unix(0, 0).UTC()}},
+			{Kind: ProcessAlive, Process: &Process{PID: 1, Command: "c", State: "D", WaitChannel: "w", Stack: []string{"f"}, Started: time.Unix(0, 0).UTC(), Outside: true}},
 			{Kind: IPAssigned, Sandbox: "s", Netns: "/run/netns/x", IP: netip.MustParseAddr("fd00::1"), Interface: "eth0"},
 		},
+		Sandboxes: []Sandbox{{ID: "s", Ready: true, PID: 2, Netns: "/run/netns/x", IPs: []netip.Addr{netip.MustParseAddr("fd00::1")}, Cgroup: "/kubepods"}},
+		Conflicts: []Conflict{{IP: netip.MustParseAddr("fd00::1"), Netns: "/run/netns/y", Pod: Pod{Namespace: "a", Name: "b", UID: "v"}}},
+		Routes:    []string{"r"},
 	}
 	const want = `{"node":"n","uid":"u","probes":[{"name":"runtime"},{"name":"netns","error":"e"}],"findings":[` +
-		`{"kind":"ProcessAlive","process":{"pid":1,"command":"c","state":"D","waitChannel":"w","started":"1970-01-01T00:00:00Z"}},` +
-		`{"kind":"IPAssigned","sandbox":"s","netns":"/run/netns/x","ip":"fd00::1","interface":"eth0"}]}`
+		`{"kind":"ProcessAlive","process":{"pid":1,"command":"c","state":"D","waitChannel":"w","stack":["f"],"started":"1970-01-01T00:00:00Z","outsideCgroup":true}},` +
+		`{"kind":"IPAssigned","sandbox":"s","netns":"/run/netns/x","ip":"fd00::1","interface":"eth0"}],` +
+		`"sandboxes":[{"id":"s","ready":true,"pid":2,"netns":"/run/netns/x","ips":["fd00::1"],"cgroup":"/kubepods"}],` +
+		`"conflicts":[{"ip":"fd00::1","netns":"/run/netns/y","pod":{"namespace":"a","name":"b","uid":"v"}}],"routes":["r"]}`
 	got, err := json.Marshal(report)
 	if err != nil {
 		t.Fatal(err)
