@@ -16,7 +16,7 @@ func BenchmarkProcesses(b *testing.B) {
 		h.thread(pid, "java", "D", "nfs_wait", "net:[7]")
 		b.Run(fmt.Sprintf("pods=%d", pods), func(b *testing.B) {
 			for b.Loop() {
-				if found, err := h.processes(b.Context(), podUID); err != nil || len(found) != 1 {
+				if found, err := h.processes(b.Context()); err != nil || len(found) != 1 {
 					b.Fatal(found, err)
 				}
 			}

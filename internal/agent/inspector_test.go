@@ -1,7 +1,6 @@
 package agent
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -10,70 +9,86 @@ import (
 	"net/http/httptest"
 	"net/netip"
 	"os"
+	"os/exec"
+	"path/filepath"
 	"reflect"
+	"runtime/debug"
+	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/go-logr/logr"
+	"golang.org/x/sys/unix"
 
 	"github.com/eni-guard/eni-guard/internal/sandbox"
 )
 
 // fakeRuntime is a runtime of one function.
-type fakeRuntime func(ctx context.Context, uid string) ([]podSandbox, []podContainer, error)
+type fakeRuntime func(ctx context.Context, uid string) (podRecords, error)
 
-func (f fakeRuntime) pod(ctx context.Context, uid string) ([]podSandbox, []podContainer, error) {
-	return f(ctx, uid)
-}
+func (f fakeRuntime) pod(ctx context.Context, uid string) (podRecords, error) { return f(ctx, uid) }
 
-func knowsNothing(context.Context, string) ([]podSandbox, []podContainer, error) {
-	return nil, nil, nil
-}
+func (f fakeRuntime) all(ctx context.Context) (podRecords, error) { return f(ctx, "") }
 
-// lookable is a recorded host whose own namespaces are those of the machine, so that the probe of namespaces works too.
-func lookable(t *testing.T) recordedHost {
+func (fakeRuntime) events(context.Context) <-chan struct{} { return nil }
+
+func knowsNothing(context.Context, string) (podRecords, error) { return podRecords{}, nil }
+
+// lookable is a recorded host whose own network namespace is that of the machine, so that the probe of namespaces works too:
+// it sees those that are mounted at the paths.
+func lookable(t *testing.T, paths ...string) recordedHost {
 	t.Helper()
 	h := newRecordedHost(t)
-	for _, kind := range []string{"net", "mnt"} {
-		link, err := realHost.namespace(kind)
-		if err != nil {
+	link, err := realNode.namespace("net")
+	if err != nil {
+		t.Fatal(err)
+	}
+	h.symlink("1/ns/net", link)
+	h.symlink("1/ns/mnt", "mnt:[1]")
+	h.symlink("thread-self/ns/mnt", "mnt:[1]")
+	table := ""
+	for _, path := range paths {
+		var stat unix.Stat_t
+		if err := unix.Stat(path, &stat); err != nil {
 			t.Fatal(err)
 		}
-		h.symlink("1/ns/"+kind, link)
+		table += fmt.Sprintf("36 35 0:4 net:[%d] %s rw shared:1 - nsfs nsfs rw\n", stat.Ino, path)
 	}
+	h.write(h.Proc, "thread-self/mountinfo", table)
 	return h
 }
 
 var podQuery = sandbox.Query{Node: "node-a", Namespace: "shop", Name: "web-0", UID: podUID}
 
 func TestInspect(t *testing.T) {
-	stuckHost := func(t *testing.T) recordedHost {
+	stuckHost := func(t *testing.T, _ ...string) recordedHost {
 		h := lookable(t)
 		h.group("kubepods/pod"+podUID+"/c1", 42)
 		h.thread(42, "java", "D", "nfs_wait", "")
 		return h
 	}
-	failing := func(context.Context, string) ([]podSandbox, []podContainer, error) {
-		return nil, nil, errors.New("connection refused")
+	failing := func(context.Context, string) (podRecords, error) {
+		return podRecords{}, errors.New("connection refused")
 	}
 	for _, test := range []struct {
 		name    string
-		host    func(t *testing.T) recordedHost
+		host    func(t *testing.T, paths ...string) recordedHost
 		runtime fakeRuntime
 		verdict sandbox.Verdict
 		kinds   string
 		failure string
 	}{
 		{"nothing is left", lookable, knowsNothing, sandbox.Released, "", ""},
-		{"the runtime knows a container", lookable, func(_ context.Context, uid string) ([]podSandbox, []podContainer, error) {
+		{"the runtime knows a container", lookable, func(_ context.Context, uid string) (podRecords, error) {
 			if uid != podUID {
 				t.Errorf("asked for %s", uid)
 			}
-			return []podSandbox{{id: "s1", ready: true}, {id: "s0"}}, []podContainer{{id: "c1", name: "app", sandboxID: "s1"}}, nil
+			return podRecords{[]podSandbox{{id: "s1", ready: true}, {id: "s0"}}, []podContainer{{id: "c1", name: "app", sandboxID: "s1"}}}, nil
 		}, sandbox.Bound, "ContainerRunning SandboxReady", ""},
-		{"a sandbox that is not ready, its namespace closed", lookable, func(context.Context, string) ([]podSandbox, []podContainer, error) {
-			return []podSandbox{{id: "s1", netnsPath: "/run/netns/closed"}}, nil, nil
+		{"a sandbox that is not ready, its namespace closed", lookable, func(context.Context, string) (podRecords, error) {
+			return podRecords{sandboxes: []podSandbox{{id: "s1", details: details{netnsPath: "/run/netns/closed"}}}}, nil
 		}, sandbox.Released, "", ""},
 		{"only the kernel knows a process", stuckHost, knowsNothing, sandbox.Bound, "ProcessAlive", ""},
 		{"the runtime is down", lookable, failing, sandbox.Unknown, "", `the probe "runtime" did not run: connection refused`},
@@ -100,13 +115,13 @@ func TestInspect(t *testing.T) {
 func TestInspectLooksIntoTheNamespacesOfWhatWasFound(t *testing.T) {
 	name := fmt.Sprintf("eni-guard-test-inspect-%d", os.Getpid())
 	namedNamespace(t, name)
-	h := lookable(t)
+	h := lookable(t, filepath.Join(netnsDir, name))
 	h.group("kubepods/pod"+podUID+"/c1", pid)
 	h.thread(pid, "java", "D", "nfs_wait", "net:[7]")
 	query := podQuery
 	query.IPs = []netip.Addr{testAddress}
-	report := newInspector("node-a", h.Host, fakeRuntime(func(context.Context, string) ([]podSandbox, []podContainer, error) {
-		return []podSandbox{{id: "s1", netnsPath: "/run/netns/" + name}}, nil, nil
+	report := newInspector("node-a", h.Host, fakeRuntime(func(context.Context, string) (podRecords, error) {
+		return podRecords{sandboxes: []podSandbox{{id: "s1", details: details{netnsPath: "/run/netns/" + name}}}}, nil
 	})).Inspect(t.Context(), query)
 	var got []string
 	for _, f := range report.Findings {
@@ -126,10 +141,10 @@ func TestAProbeThatHangsIsReportedAndDoesNotPileUp(t *testing.T) {
 	h.group("kubepods/pod"+podUID+"/c1", 42)
 	h.thread(42, "java", "D", "nfs_wait", "")
 	running := make(chan struct{}, 10*maxConcurrent)
-	inspector := newInspector("node-a", h.Host, fakeRuntime(func(context.Context, string) ([]podSandbox, []podContainer, error) {
+	inspector := newInspector("node-a", h.Host, fakeRuntime(func(context.Context, string) (podRecords, error) {
 		running <- struct{}{}
 		<-hang
-		return nil, nil, nil
+		return podRecords{}, nil
 	}))
 	reports := make(chan sandbox.Report)
 	const questions = 2 * maxConcurrent
@@ -143,7 +158,7 @@ func TestAProbeThatHangsIsReportedAndDoesNotPileUp(t *testing.T) {
 	late := 0
 	for range questions {
 		report := <-reports
-		if report.Verdict() != sandbox.Bound || len(report.Probes) != 3 {
+		if report.Verdict() != sandbox.Bound || len(report.Probes) != 4 {
 			t.Errorf("got %+v", report)
 		}
 		if failure := fmt.Sprint(report.Failures()); strings.Contains(failure, "other runs of it have not come back") {
@@ -159,8 +174,8 @@ func TestAProbeThatHangsIsReportedAndDoesNotPileUp(t *testing.T) {
 
 func TestAReportIsBounded(t *testing.T) {
 	containers := make([]podContainer, 2*maxFindings)
-	report := newInspector("node-a", lookable(t).Host, fakeRuntime(func(context.Context, string) ([]podSandbox, []podContainer, error) {
-		return []podSandbox{{id: "s1", ready: true}}, containers, nil
+	report := newInspector("node-a", lookable(t).Host, fakeRuntime(func(context.Context, string) (podRecords, error) {
+		return podRecords{[]podSandbox{{id: "s1", ready: true}}, containers}, nil
 	})).Inspect(t.Context(), podQuery)
 	if len(report.Findings) != maxFindings || report.Findings[0].Kind != sandbox.ContainerRunning {
 		t.Errorf("%d findings, the first one %s", len(report.Findings), report.Findings[0])
@@ -178,7 +193,7 @@ func TestHandler(t *testing.T) {
 		status                     int
 		want                       string
 	}{
-		{"a query", "POST", InspectPath, string(valid), 200, `{"node":"node-a","uid":"` + podUID + `","probes":[{"name":"runtime"},{"name":"processes"},{"name":"netns"}]}`},
+		{"a query", "POST", InspectPath, string(valid), 200, `{"node":"node-a","uid":"` + podUID + `","probes":[{"name":"runtime"},{"name":"cgroups"},{"name":"processes"},{"name":"netns"}]}`},
 		{"with a time limit", "POST", InspectPath + "?timeout=2s", string(valid), 200, `"node":"node-a"`},
 		{"another method", "GET", InspectPath, "", 405, ""},
 		{"another path", "POST", "/v2/inspect", string(valid), 404, ""},
@@ -211,8 +226,8 @@ func TestReadiness(t *testing.T) {
 		want    string
 	}{
 		{"every probe can look", knowsNothing, 200, "ok"},
-		{"the runtime is down", func(context.Context, string) ([]podSandbox, []podContainer, error) {
-			return nil, nil, errors.New("connection refused")
+		{"the runtime is down", func(context.Context, string) (podRecords, error) {
+			return podRecords{}, errors.New("connection refused")
 		}, 503, "connection refused"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -231,31 +246,57 @@ func TestReadiness(t *testing.T) {
 	}
 }
 
+// A runtime that goes is noticed at once, however little time has passed since everything was fine: soon after it the kubelet
+// listens to nobody's readiness any more.
+func TestReadinessEndsAtOnce(t *testing.T) {
+	down := false
+	handler := HealthHandler(newInspector("node-a", lookable(t).Host, fakeRuntime(func(context.Context, string) (podRecords, error) {
+		if down {
+			return podRecords{}, errors.New("connection refused")
+		}
+		return podRecords{}, nil
+	})))
+	for n, step := range []struct {
+		down   bool
+		status int
+	}{{false, 200}, {false, 200}, {true, 503}, {true, 503}, {false, 200}} {
+		down = step.down
+		recorder := httptest.NewRecorder()
+		handler.ServeHTTP(recorder, httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/readyz", nil))
+		if recorder.Code != step.status {
+			t.Errorf("step %d: got %d %s", n, recorder.Code, recorder.Body)
+		}
+	}
+}
+
 func TestNetnsPath(t *testing.T) {
 	for _, test := range []struct {
 		name, info, want, failure string
 	}{
-		{"a pod's own", `{"pid":1,"runtimeSpec":{"linux":{"namespaces":[{"type":"pid"},{"type":"network","path":"/var/run/netns/cni-1"}]}}}`, "/var/run/netns/cni-1", ""},
+		{"a pod's own", `{"pid":1,"runtimeSpec":{"linux":{"namespaces":[{"type":"pid"},{"type":"network","path":"/var/run/netns/cni-1"}]}}}`, "/run/netns/cni-1", ""},
 		{"the host's", `{"runtimeSpec":{"linux":{"namespaces":[{"type":"pid"}]}}}`, "", ""},
 		{"no spec", `{"pid":0}`, "", "has no runtimeSpec"},
 		{"not verbose", ``, "", "is not JSON"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			got, err := netnsPath(test.info)
-			if got != test.want || (err == nil) != (test.failure == "") || err != nil && !strings.Contains(err.Error(), test.failure) {
-				t.Errorf("got %q, %v", got, err)
+			got, err := verboseDetails(test.info)
+			if got.netnsPath != test.want || (err == nil) != (test.failure == "") || err != nil && !strings.Contains(err.Error(), test.failure) {
+				t.Errorf("got %+v, %v", got, err)
 			}
 		})
 	}
 }
 
 func TestOptionsNameTheFlagThatIsWrong(t *testing.T) {
-	valid := options{node: "n", bindAddress: ":1", healthAddress: ":2", tlsDir: t.TempDir()}
+	valid := options{node: "n", bindAddress: ":1", healthAddress: ":2", metricsAddress: ":3", leftoverGrace: time.Minute, criSocket: "/run/c.sock", tlsDir: t.TempDir()}
 	var got []string
 	for _, change := range []func(*options){
 		func(o *options) { o.node = "" },
 		func(o *options) { o.bindAddress = "1.2.3.4" },
 		func(o *options) { o.healthAddress = "" },
+		func(o *options) { o.metricsAddress = "x" },
+		func(o *options) { o.leftoverGrace = 0 },
+		func(o *options) { o.criSocket = "c.sock" },
 		func(*options) {},
 	} {
 		o := valid
@@ -263,45 +304,180 @@ func TestOptionsNameTheFlagThatIsWrong(t *testing.T) {
 		name, _, _ := strings.Cut(o.validate().Error(), " ")
 		got = append(got, strings.TrimSuffix(name, ":"))
 	}
-	if want := []string{"--node-name", "--bind-address", "--health-address", "--tls-dir"}; !reflect.DeepEqual(got, want) {
+	if want := []string{"--node-name", "--bind-address", "--health-address", "--metrics-address", "--leftover-grace", "--cri-socket", "--tls-dir"}; !reflect.DeepEqual(got, want) {
 		t.Errorf("got %q, want %q", got, want)
 	}
 }
 
-// Whoever waits for the release gets one answer: as soon as nothing is left, or what is left when the time has passed.
-func TestWaitingForTheRelease(t *testing.T) {
-	ask := func(ctx context.Context, looks int, parameters string) (sandbox.Report, int) {
-		n := 0
-		inspector := newInspector("node-a", lookable(t).Host, fakeRuntime(func(context.Context, string) ([]podSandbox, []podContainer, error) {
-			if n++; n <= looks {
-				return []podSandbox{{id: "abc", ready: true}}, nil, nil
+// What only a process of the pod keeps is not mounted anywhere. A quick look finds it by the process, with the address in it.
+func TestAQuickLookFollowsTheProcesses(t *testing.T) {
+	cmd := exec.CommandContext(t.Context(), "sleep", "600")
+	id := inNamespace(t, cmd, testAddress)
+	pod := filepath.Join(realNode.oneHierarchy(), "eni-guard-test-quick", "pod"+podUID)
+	if err := os.MkdirAll(pod, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+		for _, dir := range []string{pod, filepath.Dir(pod)} {
+			await(t, func() error { return os.Remove(dir) })
+		}
+	})
+	if err := os.WriteFile(filepath.Join(pod, "cgroup.procs"), []byte(strconv.Itoa(cmd.Process.Pid)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	query := podQuery
+	query.IPs = []netip.Addr{testAddress}
+	report := newInspector("node-a", realNode, fakeRuntime(knowsNothing)).look(t.Context(), query, quick)
+	want := sandbox.Finding{Kind: sandbox.IPAssigned, Netns: id, IP: testAddress, Interface: "lo"}
+	if !slices.ContainsFunc(report.Findings, func(f sandbox.Finding) bool { return f == want }) {
+		t.Errorf("got %v (%v), want %v", report.Findings, report.Failures(), want)
+	}
+}
+
+// Once something could not be looked at, a quick look does not do, however little time has passed since everything was fine.
+func TestReadinessForgetsThatAllWasGood(t *testing.T) {
+	var runtimeErr error
+	h := lookable(t)
+	handler := HealthHandler(newInspector("node-a", h.Host, fakeRuntime(func(context.Context, string) (podRecords, error) { return podRecords{}, runtimeErr })))
+	ready := func() int {
+		recorder := httptest.NewRecorder()
+		handler.ServeHTTP(recorder, httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/readyz", nil))
+		return recorder.Code
+	}
+	if got := ready(); got != http.StatusOK {
+		t.Fatalf("at first: %d", got)
+	}
+	// Only a look at everything reads the mount table.
+	if err := os.Remove(filepath.Join(h.Proc, "thread-self/mountinfo")); err != nil {
+		t.Fatal(err)
+	}
+	if got := ready(); got != http.StatusOK {
+		t.Errorf("%d: soon after all was good, everything was looked at", got)
+	}
+	runtimeErr = errors.New("connection refused")
+	if got := ready(); got != http.StatusServiceUnavailable {
+		t.Errorf("without the runtime: %d", got)
+	}
+	runtimeErr = nil
+	if got := ready(); got != http.StatusServiceUnavailable {
+		t.Errorf("with the runtime, without a mount table: %d", got)
+	}
+}
+
+// While the processes of the pod are described, one of them ends, and its number is given to another process; and one comes.
+func TestProcessesThatComeAndGoWhileTheyAreDescribed(t *testing.T) {
+	h := lookable(t)
+	group := "kubepods/pod" + podUID + "/c1"
+	h.group(group, pid)
+	h.thread(pid, "not the pod's", "S", "", "net:[7]")
+	h.process(pid+1, "java", "S", "x", "net:[8]")
+	// Reading the wait channel lasts until somebody writes it.
+	describing := filepath.Join(h.Proc, fmt.Sprintf("%d/task/%d/wchan", pid, pid))
+	if err := errors.Join(os.Remove(describing), unix.Mkfifo(describing, 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	changed := make(chan error)
+	go func() {
+		file, err := os.OpenFile(describing, os.O_WRONLY, 0)
+		h.group(group, pid+1)
+		changed <- errors.Join(err, file.Close())
+	}()
+	report := newInspector("node-a", h.Host, fakeRuntime(knowsNothing)).look(t.Context(), podQuery, quick)
+	if err := <-changed; err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	for _, f := range report.Findings {
+		got = append(got, f.String())
+	}
+	if want := []string{"process 43 (java) is in state S in x", "network namespace net:[8] is open"}; !slices.Equal(got, want) {
+		t.Errorf("got %q (%v), want %q", got, report.Failures(), want)
+	}
+}
+
+// A process that is seen in the pod's network namespace, and elsewhere when it is described, had only come to look.
+func TestAStrangerThatHasLeftTheNamespace(t *testing.T) {
+	name := fmt.Sprintf("eni-guard-test-stranger-%d", os.Getpid())
+	namedNamespace(t, name)
+	path := filepath.Join(netnsDir, name)
+	v := look(t, quick)
+	id := v.mountedAt(path)
+	for _, test := range []struct {
+		name, later string
+		reported    bool
+	}{
+		{"it has stayed", id, true},
+		{"it has left", "net:[7]", false},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			h := lookable(t, path)
+			h.symlink(fmt.Sprintf("%d/ns/net", pid), id)  // read when processes are listed
+			h.thread(pid, "crictl", "S", "x", test.later) // and this when they are described
+			report := newInspector("node-a", h.Host, fakeRuntime(func(context.Context, string) (podRecords, error) {
+				return podRecords{sandboxes: []podSandbox{{id: "s1", details: details{netnsPath: path}}}}, nil
+			})).look(t.Context(), podQuery, thorough)
+			reported := slices.ContainsFunc(report.Findings, func(f sandbox.Finding) bool { return f.Kind == sandbox.ProcessAlive && f.Process.Outside })
+			if reported != test.reported || len(report.Failures()) > 0 {
+				t.Errorf("got %v (%v)", report.Findings, report.Failures())
 			}
-			return nil, nil, nil
-		}))
-		body, err := json.Marshal(podQuery)
+		})
+	}
+}
+
+// An agent that left a file open at each look, also one that fails, could soon open none.
+func TestNoFileStaysOpen(t *testing.T) {
+	name := fmt.Sprintf("eni-guard-test-files-%d", os.Getpid())
+	namedNamespace(t, name)
+	path := filepath.Join(netnsDir, name)
+	good, broken, hidden := lookable(t, path), lookable(t, path), lookable(t)
+	for _, h := range []recordedHost{good, broken} {
+		h.group("kubepods/pod"+podUID+"/c1", os.Getpid())
+		h.process(os.Getpid(), "java", "D", "x", "net:[7]")
+	}
+	for _, file := range []string{fmt.Sprintf("%d/task/%d/stat", os.Getpid(), os.Getpid()), "thread-self/mountinfo"} {
+		broken.write(broken.Proc, file, "garbage")
+	}
+	if err := os.RemoveAll(filepath.Join(hidden.Proc, "1")); err != nil {
+		t.Fatal(err)
+	}
+	runtimes := []fakeRuntime{knowsNothing, func(context.Context, string) (podRecords, error) { return podRecords{}, errors.New("down") }}
+	query := podQuery
+	query.IPs = []netip.Addr{testAddress}
+	// The garbage collector would close what was forgotten.
+	defer debug.SetGCPercent(debug.SetGCPercent(-1))
+	everything := func() {
+		for _, h := range []Host{good.Host, broken.Host, hidden.Host, realNode, {Proc: "/does/not/exist", Cgroup: "/does/not/exist"}} {
+			for _, runtime := range runtimes {
+				i := newInspector("node-a", h, runtime)
+				_ = i.Inspect(t.Context(), query)
+				_ = i.look(t.Context(), query, thorough)
+				_ = awaitRelease(t.Context(), i, query, times{timeout: time.Second, wait: time.Millisecond})
+				_ = i.holdersOf(t.Context(), testAddress)
+				_ = realNode.readAddresses(t.Context(), []netNamespace{{id: "net:[7]", paths: []string{path}}, {id: "net:[8]", paths: []string{"/does/not/exist"}}})
+			}
+		}
+	}
+	open := func() []string {
+		var files []string
+		entries, err := os.ReadDir("/proc/self/fd")
 		if err != nil {
 			t.Fatal(err)
 		}
-		recorder := httptest.NewRecorder()
-		Handler(inspector, logr.Discard()).ServeHTTP(recorder, httptest.NewRequestWithContext(ctx, http.MethodPost, InspectPath+"?"+parameters, bytes.NewReader(body)))
-		var report sandbox.Report
-		if err := json.Unmarshal(recorder.Body.Bytes(), &report); err != nil {
-			t.Fatalf("%d %s: %v", recorder.Code, recorder.Body, err)
+		for _, entry := range entries {
+			target, _ := os.Readlink(filepath.Join("/proc/self/fd", entry.Name()))
+			files = append(files, target)
 		}
-		return report, n
+		slices.Sort(files)
+		return files
 	}
-	if report, looks := ask(t.Context(), 2, "wait=30s"); report.Verdict() != sandbox.Released || looks != 3 {
-		t.Errorf("released while waiting: %s after %d looks", report.Verdict(), looks)
+	everything() // the Go runtime opens files of its own the first time
+	before := open()
+	for range 5 {
+		everything()
 	}
-	if report, looks := ask(t.Context(), 1000, "wait=150ms"); report.Verdict() != sandbox.Bound || looks < 2 {
-		t.Errorf("still bound at the end: %s after %d looks", report.Verdict(), looks)
-	}
-	if report, looks := ask(t.Context(), 1000, ""); report.Verdict() != sandbox.Bound || looks != 1 {
-		t.Errorf("without waiting: %s after %d looks", report.Verdict(), looks)
-	}
-	gone, leave := context.WithCancel(t.Context())
-	leave()
-	if _, looks := ask(gone, 1000, "wait=30s"); looks > 1 {
-		t.Errorf("%d looks for a caller who has gone", looks)
+	if after := open(); len(after) != len(before) {
+		t.Errorf("before %q\nafter  %q", before, after)
 	}
 }

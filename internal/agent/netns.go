@@ -2,126 +2,216 @@ package agent
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io/fs"
+	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"regexp"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
+	"sync"
+	"syscall"
+	"time"
 
 	"github.com/moby/sys/mountinfo"
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
-
-	"github.com/eni-guard/eni-guard/internal/sandbox"
 )
 
 // netnsDir is where runtimes mount the network namespaces they make. /var/run, which they name, is a link to /run.
 const netnsDir = "/run/netns"
 
-// podNetns is a network namespace that may still be a pod's.
-type podNetns struct {
-	name    string // for people: its path, or net:[INODE]
-	open    string // the file to enter it by
-	sandbox string // the runtime's ID of its sandbox, where it has one
+// netNamespace is a network namespace of the node, other than the host's own.
+type netNamespace struct {
+	id    string   // net:[INODE]
+	paths []string // where it is mounted
+	tasks []task   // what is in it
+	// addresses are those on its interfaces, without those that mean no more than this namespace: loopback, link-local.
+	addresses []assignment
+	// unread says why its addresses could not be read.
+	unread error
 }
 
-// namespaces returns the findings about the network namespaces of a pod: those of its sandboxes, by path, and those
-// its live processes are in. A namespace that is open but cannot be read is a finding all the same.
-func (h Host) namespaces(ctx context.Context, sandboxes []podSandbox, processes []podProcess, ips []netip.Addr) ([]sandbox.Finding, error) {
-	mounts, err := h.namedNamespaces()
-	if err != nil {
+// name is what people are shown of a namespace.
+func (n netNamespace) name() string {
+	if len(n.paths) > 0 {
+		return n.paths[0]
+	}
+	return n.id
+}
+
+// address returns the assignment of an address, if it has it.
+func (n netNamespace) address(ip netip.Addr) (assignment, bool) {
+	i := slices.IndexFunc(n.addresses, func(a assignment) bool { return a.ip == ip })
+	if i < 0 {
+		return assignment{}, false
+	}
+	return n.addresses[i], true
+}
+
+// runtimesName matches the names that runtimes give to the network namespaces they make: cni- and a UUID (containerd), or
+// a UUID (CRI-O).
+var runtimesName = regexp.MustCompile(`^(cni-)?[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$`)
+
+// madeByARuntime says whether a namespace is mounted where runtimes mount theirs, with a name that they give.
+func (n netNamespace) madeByARuntime() bool {
+	return slices.ContainsFunc(n.paths, func(path string) bool {
+		return filepath.Dir(path) == netnsDir && runtimesName.MatchString(filepath.Base(path))
+	})
+}
+
+// assignment is an address on an interface.
+type assignment struct {
+	ip     netip.Addr
+	device string
+}
+
+// nodeView is every network namespace of the node but the host's own, as the kernel shows them.
+type nodeView struct {
+	namespaces []netNamespace
+	// host is the id of the host's own.
+	host string
+}
+
+// namespace returns the namespace with an id.
+func (v nodeView) namespace(id string) (netNamespace, bool) {
+	i := slices.IndexFunc(v.namespaces, func(n netNamespace) bool { return n.id == id })
+	if i < 0 {
+		return netNamespace{}, false
+	}
+	return v.namespaces[i], true
+}
+
+// mountedAt returns the id of the namespace that is mounted at path; empty when none is.
+func (v nodeView) mountedAt(path string) string {
+	i := slices.IndexFunc(v.namespaces, func(n netNamespace) bool { return slices.Contains(n.paths, path) })
+	if i < 0 {
+		return ""
+	}
+	return v.namespaces[i].id
+}
+
+// view finds the network namespaces of the node: those that are mounted somewhere, and those that tasks are in; and reads
+// the addresses in them. A namespace that ends meanwhile is left out. A quick look is at those that are mounted in the directory of
+// the runtimes.
+//
+// What nothing but an open file or a socket keeps is not found, nor what is mounted in another mount namespace alone: the kernel has
+// no list of these. See Host.paths.
+func (h Host) view(ctx context.Context, how depth) (v nodeView, processErr, netnsErr error) {
+	if v.host, netnsErr = h.namespace("net"); netnsErr != nil {
+		return v, netnsErr, netnsErr // then nothing that is found can be told from the host
+	}
+	list := h.mountedNamespaces
+	if how == quick {
+		list = runtimesNamespaces
+	}
+	mounts, netnsErr := list()
+	if netnsErr != nil {
+		return v, nil, netnsErr
+	}
+	delete(mounts, v.host)
+	for id, paths := range mounts {
+		slices.Sort(paths)
+		v.namespaces = append(v.namespaces, netNamespace{id: id, paths: paths})
+	}
+	// Those that are mounted can be entered while the processes are looked at.
+	var entering sync.WaitGroup
+	var enterErr error
+	entering.Go(func() { enterErr = h.readAddresses(ctx, v.namespaces) })
+	var tasks map[string][]task
+	if how == thorough {
+		tasks, processErr = h.tasks(ctx)
+	}
+	entering.Wait()
+	delete(tasks, v.host)
+	var unmounted []netNamespace
+	for id, in := range tasks {
+		if i := slices.IndexFunc(v.namespaces, func(n netNamespace) bool { return n.id == id }); i >= 0 {
+			v.namespaces[i].tasks = in
+		} else {
+			unmounted = append(unmounted, netNamespace{id: id, tasks: in})
+		}
+	}
+	v.namespaces, enterErr = h.covered(v.namespaces, how, enterErr)
+	again := slices.DeleteFunc(slices.Clone(v.namespaces), func(n netNamespace) bool { return !gone(n.unread) || len(n.tasks) == 0 })
+	v.namespaces = slices.DeleteFunc(v.namespaces, func(n netNamespace) bool { return gone(n.unread) })
+	unmounted = append(unmounted, again...) // the mount has gone, the task has not
+	enterErr = errors.Join(enterErr, h.readAddresses(ctx, unmounted))
+	v.namespaces = append(v.namespaces, slices.DeleteFunc(unmounted, func(n netNamespace) bool { return gone(n.unread) })...)
+	slices.SortFunc(v.namespaces, func(a, b netNamespace) int { return strings.Compare(a.name(), b.name()) })
+	unread := []error{enterErr}
+	for _, n := range v.namespaces {
+		if n.unread != nil {
+			unread = append(unread, fmt.Errorf("reading the addresses in network namespace %s: %w", n.name(), n.unread))
+		}
+	}
+	return v, processErr, errors.Join(unread...)
+}
+
+// covered finds those of the mounted namespaces that could not be entered, and are mounted all the same: something else is mounted
+// over them, so that their path leads elsewhere. Those have not ended.
+func (h Host) covered(namespaces []netNamespace, how depth, err error) ([]netNamespace, error) {
+	if how == quick || !slices.ContainsFunc(namespaces, func(n netNamespace) bool { return gone(n.unread) }) {
+		return namespaces, err
+	}
+	mounts, listErr := h.mountedNamespaces()
+	for i := range namespaces {
+		n := &namespaces[i]
+		if paths := mounts[n.id]; gone(n.unread) && len(paths) > 0 && len(n.tasks) == 0 {
+			n.unread = fmt.Errorf("it is mounted at %s, but something else covers it", paths[0])
+		}
+	}
+	return namespaces, errors.Join(err, listErr)
+}
+
+// runtimesNamespaces returns the network namespaces that are mounted in the directory of the runtimes, from net:[INODE] to path.
+func runtimesNamespaces() (map[string][]string, error) {
+	entries, err := os.ReadDir(netnsDir)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, err
 	}
-	hostNetns, err := h.namespace("net")
-	if err != nil {
+	var nsfs, stat unix.Stat_t
+	if err := unix.Stat("/proc/thread-self/ns/net", &nsfs); err != nil {
 		return nil, err
 	}
-	seen := map[string]bool{hostNetns: true}
-	var open []podNetns
-	var unseen []error
-	for _, s := range sandboxes {
-		ips = append(slices.Clip(ips), s.ips...)
-		ns, inode, err := h.sandboxNamespace(mounts, s)
-		if err != nil {
-			unseen = append(unseen, err)
+	mounted := map[string][]string{}
+	for _, entry := range entries {
+		path := filepath.Join(netnsDir, entry.Name())
+		if unix.Stat(path, &stat) != nil || stat.Dev != nsfs.Dev {
+			continue // gone, or a file on which no namespace is mounted
 		}
-		if inode != "" && !seen[inode] {
-			seen[inode] = true
-			open = append(open, ns)
-		}
+		id := namespaceID(stat)
+		mounted[id] = append(mounted[id], path)
 	}
-	for _, p := range processes {
-		if p.netns != "" && !seen[p.netns] {
-			seen[p.netns] = true
-			open = append(open, podNetns{name: p.netns, open: p.netnsFile})
-		}
-	}
-
-	var findings []sandbox.Finding
-	for _, ns := range open {
-		findings = append(findings, sandbox.Finding{Kind: sandbox.NetnsOpen, Sandbox: ns.sandbox, Netns: ns.name})
-		if ctx.Err() != nil {
-			return findings, ctx.Err()
-		}
-		assigned, err := assignedAddresses(ns.open)
-		if gone(err) {
-			continue // it went while it was read; the next question will not find it
-		}
-		if err != nil {
-			unseen = append(unseen, fmt.Errorf("reading the addresses in network namespace %s: %w", ns.name, err))
-		}
-		for _, a := range assigned {
-			if slices.Contains(ips, a.ip) {
-				findings = append(findings, sandbox.Finding{
-					Kind: sandbox.IPAssigned, Sandbox: ns.sandbox, Netns: ns.name, IP: a.ip, Interface: a.device,
-				})
-			}
-		}
-	}
-	return findings, errors.Join(unseen...)
+	return mounted, nil
 }
 
-// sandboxNamespace looks for the namespace of a sandbox at the path that the runtime names. The inode is empty when there
-// is none; an error means that this cannot be told.
-func (h Host) sandboxNamespace(mounts map[string]string, s podSandbox) (ns podNetns, inode string, err error) {
-	if s.netnsPath == "" {
-		return podNetns{}, "", nil // in the host's network namespace
-	}
-	path := strings.Replace(filepath.Clean(s.netnsPath), "/var/run/", "/run/", 1)
-	ns = podNetns{name: path, open: path, sandbox: s.id}
-	if inode, mounted := mounts[path]; mounted {
-		return ns, inode, nil
-	}
-	if below, ok := strings.CutPrefix(path, "/proc/"); ok { // that of a process, as some runtimes name it
-		ns.open = filepath.Join(h.Proc, below)
-		inode, err := os.Readlink(ns.open)
-		if err != nil && !gone(err) {
-			return ns, "", fmt.Errorf("network namespace %s: %w", path, err)
-		}
-		return ns, inode, nil
-	}
-	if filepath.Dir(path) != netnsDir {
-		return ns, "", fmt.Errorf("network namespace %s of sandbox %s is not below %s, so it cannot be told whether it is open", path, sandbox.ShortID(s.id), netnsDir)
-	}
-	return ns, "", nil
-}
+// namespaceID is how the kernel writes the namespace behind a file. That it is one for the network, entering it tells.
+func namespaceID(stat unix.Stat_t) string { return "net:[" + strconv.FormatUint(stat.Ino, 10) + "]" }
 
-// namedNamespaces returns the network namespaces that are mounted on this node, from path to net:[INODE].
+// mountedNamespaces returns the network namespaces that are mounted on this node, from net:[INODE] to paths.
 //
 // The mount table is that of this process. In a container it shows the node's namespaces only if the node's /run/netns
 // is mounted there and receives later mounts and unmounts; this is checked, because without it an open namespace would
 // look closed.
-func (h Host) namedNamespaces() (map[string]string, error) {
-	mounts, err := mountinfo.GetMounts(nil)
+func (h Host) mountedNamespaces() (map[string][]string, error) {
+	table, err := os.Open(filepath.Join(h.Proc, "thread-self/mountinfo"))
 	if err != nil {
 		return nil, fmt.Errorf("mount table: %w", err)
 	}
-	own, err := os.Readlink("/proc/thread-self/ns/mnt")
+	defer table.Close()
+	mounts, err := mountinfo.GetMountsFromReader(table, nil)
+	if err != nil {
+		return nil, fmt.Errorf("mount table: %w", err)
+	}
+	own, err := os.Readlink(filepath.Join(h.Proc, "thread-self/ns/mnt"))
 	if err != nil {
 		return nil, err
 	}
@@ -136,13 +226,13 @@ func (h Host) namedNamespaces() (map[string]string, error) {
 		// Then process 1, which stands for the host above, is this process itself.
 		return nil, errors.New("the agent has a PID namespace of its own (hostPID: true is missing)")
 	}
-	named := map[string]string{}
+	mounted := map[string][]string{}
 	for _, m := range mounts {
-		if m.FSType == "nsfs" && strings.HasPrefix(m.Root, "net:[") {
-			named[m.Mountpoint] = m.Root
+		if m.FSType == "nsfs" && strings.HasPrefix(m.Root, "net:[") && !slices.Contains(mounted[m.Root], m.Mountpoint) {
+			mounted[m.Root] = append(mounted[m.Root], m.Mountpoint)
 		}
 	}
-	return named, nil
+	return mounted, nil
 }
 
 // receivesNamespaces says whether m is the node's /run/netns, as a mount that follows the host's: "shared:N" or
@@ -151,107 +241,239 @@ func receivesNamespaces(m *mountinfo.Info) bool {
 	return m.Mountpoint == netnsDir && (strings.Contains(m.Optional, "shared:") || strings.Contains(m.Optional, "master:"))
 }
 
-// namespace returns the host's own namespace of a kind, such as "net", as KIND:[INODE]: that of process 1. Some machines
-// let nobody look at process 1; there the kernel's own process 2 stands in for it, which never leaves the first
-// namespaces.
-func (h Host) namespace(kind string) (string, error) {
-	link, err := os.Readlink(filepath.Join(h.Proc, "1/ns", kind))
-	if errors.Is(err, fs.ErrPermission) {
-		if name, _ := os.ReadFile(filepath.Join(h.Proc, "2/comm")); string(name) == "kthreadd\n" {
-			link, err = os.Readlink(filepath.Join(h.Proc, "2/ns", kind))
+// cleanNetnsPath is a path of a runtime as the mount table has it.
+func cleanNetnsPath(path string) string {
+	if path == "" {
+		return ""
+	}
+	return strings.Replace(filepath.Clean(path), "/var/run/", "/run/", 1)
+}
+
+// sandboxNamespace returns the id of the network namespace at the path that the runtime names for a sandbox. It is empty when
+// there is none any more, or when it is the host's; an error means that this cannot be told.
+func (h Host) sandboxNamespace(v nodeView, s podSandbox) (string, error) {
+	if s.netnsPath == "" {
+		return "", nil // in the host's network namespace
+	}
+	if id := v.mountedAt(s.netnsPath); id != "" {
+		return id, nil
+	}
+	if below, ok := strings.CutPrefix(s.netnsPath, "/proc/"); ok { // that of a process, as some runtimes name it
+		id, err := os.Readlink(filepath.Join(h.Proc, below))
+		if gone(err) || id == v.host {
+			return "", nil
 		}
+		if err != nil {
+			return "", fmt.Errorf("network namespace %s: %w", s.netnsPath, err)
+		}
+		return id, nil
 	}
-	if err != nil {
-		return "", fmt.Errorf("the host's own %s namespace: %w", kind, err)
+	if filepath.Dir(s.netnsPath) != netnsDir {
+		return "", fmt.Errorf("network namespace %s of sandbox %s is not below %s, so it cannot be told whether it is open", s.netnsPath, s.shortID(), netnsDir)
 	}
-	return link, nil
+	return "", nil
 }
 
-type assignment struct {
-	ip     netip.Addr
-	device string
-}
-
-// socketIn opens a netlink socket in the network namespace behind a file. A thread enters the namespace for that, and
-// leaves it again before anything else: a thread that stayed would keep the namespace, and the pod's address in it, alive
-// for as long as the agent runs. (Ending the thread instead is no way out, because Go never ends the main thread.)
-func socketIn(path string) (*netlink.Handle, error) {
-	type result struct {
-		handle *netlink.Handle
-		err    error
-	}
-	done := make(chan result)
+// readAddresses goes into one namespace after the other and reads the addresses there. The thread that does it leaves them
+// again at the end: one that stayed would keep the namespace, and the pod's address in it, alive for as long as the agent
+// runs. (Ending the thread instead is no way out, because Go never ends the main thread.)
+func (h Host) readAddresses(ctx context.Context, namespaces []netNamespace) error {
+	done := make(chan error, 1)
 	go func() {
 		runtime.LockOSThread()
-		handle, back, err := enterAndOpen(path)
+		back, err := h.visit(ctx, namespaces)
 		if back {
 			runtime.UnlockOSThread() // otherwise the thread ends with the goroutine, and no other code runs in the namespace
 		}
-		done <- result{handle, err}
+		done <- err
 	}()
-	r := <-done
-	return r.handle, r.err
+	return <-done
 }
 
-// enterAndOpen does the work of socketIn on the calling thread; back says that the thread is where it was.
-func enterAndOpen(path string) (handle *netlink.Handle, back bool, err error) {
-	ns, err := netns.GetFromPath(path)
-	if err != nil {
-		return nil, true, err
-	}
-	defer ns.Close()
+// visit does the work of readAddresses on the calling thread; back says that the thread is where it was.
+func (h Host) visit(ctx context.Context, namespaces []netNamespace) (back bool, err error) {
 	own, err := netns.Get()
 	if err != nil {
-		return nil, true, err
+		return true, err
 	}
 	defer own.Close()
-	if err := netns.Set(ns); err != nil {
-		return nil, true, fmt.Errorf("entering: %w", err)
+	buffer := make([]byte, 32<<10) // what the kernel fills at most (net/netlink/af_netlink.c, netlink_dump)
+	for i := range namespaces {
+		if err = ctx.Err(); err != nil {
+			break
+		}
+		n := &namespaces[i]
+		n.addresses, n.unread = addressesIn(h.files(*n), n.id, buffer)
 	}
-	handle, err = netlink.NewHandle(unix.NETLINK_ROUTE)
 	if returned := netns.Set(own); returned != nil {
-		return handle, false, errors.Join(err, fmt.Errorf("leaving: %w", returned))
+		return false, errors.Join(err, fmt.Errorf("leaving a network namespace: %w", returned))
 	}
-	return handle, true, err
+	return true, err
 }
 
-// assignedAddresses lists the addresses on all interfaces of the network namespace behind a file.
-func assignedAddresses(path string) ([]assignment, error) {
-	handle, err := socketIn(path)
+// files lists the ways into a namespace.
+func (h Host) files(n netNamespace) []string {
+	files := slices.Clone(n.paths)
+	for _, t := range n.tasks {
+		files = append(files, h.task(t.pid, t.tid, "ns/net"))
+	}
+	return files
+}
+
+// addressesIn takes the calling thread into the namespace with the given id, by the first of files that still leads there,
+// and lists the addresses on all interfaces. The thread stays there. gone is true of the error when no file does.
+func addressesIn(files []string, id string, buffer []byte) ([]assignment, error) {
+	err := fs.ErrNotExist
+	for _, file := range files {
+		if err = enter(file, id); !gone(err) {
+			break
+		}
+	}
 	if err != nil {
 		return nil, err
 	}
-	defer handle.Close()
-	links, err := complete(handle.LinkList)
-	if err != nil {
-		return nil, fmt.Errorf("listing interfaces: %w", err)
-	}
-	names := map[int]string{}
-	for _, link := range links {
-		names[link.Attrs().Index] = link.Attrs().Name
-	}
-	list, err := complete(func() ([]netlink.Addr, error) { return handle.AddrList(nil, netlink.FAMILY_ALL) })
-	if err != nil {
-		return nil, fmt.Errorf("listing addresses: %w", err)
-	}
-	var assigned []assignment
-	for _, a := range list {
-		ip, ok := netip.AddrFromSlice(a.IP)
-		if !ok {
-			return nil, errors.New("the kernel gave an address of no known family")
-		}
-		assigned = append(assigned, assignment{ip.Unmap(), names[a.LinkIndex]})
-	}
-	return assigned, nil
+	return complete(func() ([]assignment, error) { return listAddresses(buffer) })
 }
 
-// complete lists until nothing has changed while it was listed, which the kernel tells (NLM_F_DUMP_INTR): an address that
-// is missing from an interrupted list may be there.
-func complete[T any](list func() ([]T, error)) ([]T, error) {
+// dumpTimeout is how long the kernel may take to list the addresses of one namespace.
+const dumpTimeout = 5 * time.Second
+
+// listAddresses asks the kernel for the addresses of the namespace that the calling thread is in (man 7 rtnetlink,
+// RTM_GETADDR). It does so itself, because this is done in every namespace for every question, and the library that is used
+// elsewhere takes five times as long for it.
+func listAddresses(buffer []byte) (assigned []assignment, err error) {
+	socket, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_ROUTE)
+	if err != nil {
+		return nil, err
+	}
+	defer unix.Close(socket)
+	// The kernel answers at once, or something is wrong with it; then this must not hang for ever.
+	timeout := unix.NsecToTimeval(int64(dumpTimeout))
+	if err := unix.SetsockoptTimeval(socket, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &timeout); err != nil {
+		return nil, err
+	}
+	request := make([]byte, unix.SizeofNlMsghdr+unix.SizeofIfAddrmsg)
+	binary.NativeEndian.PutUint32(request[0:], uint32(len(request))) //nolint:gosec // 24
+	binary.NativeEndian.PutUint16(request[4:], unix.RTM_GETADDR)
+	binary.NativeEndian.PutUint16(request[6:], unix.NLM_F_REQUEST|unix.NLM_F_DUMP)
+	if err := unix.Sendto(socket, request, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+		return nil, err
+	}
+	names := map[uint32]string{}
 	for {
+		n, _, err := unix.Recvfrom(socket, buffer, 0)
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		some, done, err := readDump(buffer[:n], names)
+		if err != nil {
+			return nil, err
+		}
+		if assigned = append(assigned, some...); done {
+			return assigned, nil
+		}
+	}
+}
+
+// readDump reads one part of the kernel's list of addresses; done says that it is the last one. The error is
+// netlink.ErrDumpInterrupted where something has changed since the list was begun.
+func readDump(part []byte, names map[uint32]string) (assigned []assignment, done bool, err error) {
+	messages, err := syscall.ParseNetlinkMessage(part)
+	if err != nil {
+		return nil, false, err
+	}
+	for _, m := range messages {
+		switch {
+		case m.Header.Flags&unix.NLM_F_DUMP_INTR != 0:
+			return nil, false, netlink.ErrDumpInterrupted
+		case m.Header.Type == unix.NLMSG_DONE, m.Header.Type == unix.NLMSG_ERROR:
+			// Both begin with an error number, which is 0 where there is none.
+			if len(m.Data) < 4 {
+				return nil, false, errors.New("the kernel's answer is cut off")
+			}
+			if number := int32(binary.NativeEndian.Uint32(m.Data)); number < 0 { //nolint:gosec // as the kernel has it
+				return nil, false, fmt.Errorf("listing addresses: %w", syscall.Errno(-number))
+			}
+			return assigned, true, nil
+		case m.Header.Type != unix.RTM_NEWADDR:
+			continue
+		}
+		a, err := readAddress(m, names)
+		if err != nil {
+			return nil, false, err
+		}
+		if !a.ip.IsLoopback() && !a.ip.IsLinkLocalUnicast() {
+			assigned = append(assigned, a)
+		}
+	}
+	return assigned, false, nil
+}
+
+// readAddress reads one message about an address. names are those of interfaces that are known already.
+func readAddress(m syscall.NetlinkMessage, names map[uint32]string) (a assignment, err error) {
+	attributes, err := syscall.ParseNetlinkRouteAttr(&m)
+	if err != nil {
+		return a, err
+	}
+	index := binary.NativeEndian.Uint32(m.Data[4:]) // struct ifaddrmsg, ifa_index
+	for _, attribute := range attributes {
+		switch attribute.Attr.Type {
+		case unix.IFA_LOCAL, unix.IFA_ADDRESS:
+			// Of a point-to-point interface the second one is the peer's.
+			if ip, ok := netip.AddrFromSlice(attribute.Value); ok && (attribute.Attr.Type == unix.IFA_LOCAL || !a.ip.IsValid()) {
+				a.ip = ip.Unmap()
+			}
+		case unix.IFA_LABEL: // of IPv4 addresses
+			names[index] = strings.TrimRight(string(attribute.Value), "\x00")
+		}
+	}
+	if !a.ip.IsValid() {
+		return a, errors.New("the kernel gave an address of no known family")
+	}
+	if _, known := names[index]; !known && !a.ip.IsLoopback() && !a.ip.IsLinkLocalUnicast() {
+		if device, err := net.InterfaceByIndex(int(index)); err == nil { // in the namespace of this thread
+			names[index] = device.Name
+		}
+	}
+	a.device = names[index]
+	return a, nil
+}
+
+// enter takes the calling thread into the network namespace behind a file, if it is the one with the given id: a path may
+// have been unmounted, a process ended and its number given to another, since the namespace was seen there.
+func enter(file, id string) error {
+	ns, err := netns.GetFromPath(file)
+	if err != nil {
+		return err
+	}
+	defer ns.Close()
+	var stat unix.Stat_t
+	if err := unix.Fstat(int(ns), &stat); err != nil {
+		return err
+	}
+	if namespaceID(stat) != id {
+		return fs.ErrNotExist
+	}
+	if err := netns.Set(ns); err != nil {
+		return fmt.Errorf("entering: %w", err)
+	}
+	return nil
+}
+
+// maxDumps is how often a list is begun anew because something has changed meanwhile.
+const maxDumps = 20
+
+// complete lists until nothing has changed while it was listed, which the kernel tells (NLM_F_DUMP_INTR): an address that
+// is missing from an interrupted list may be there. Where something changes all the time, it gives up.
+func complete[T any](list func() ([]T, error)) ([]T, error) {
+	for range maxDumps {
 		items, err := list()
 		if !errors.Is(err, netlink.ErrDumpInterrupted) {
 			return items, err
 		}
 	}
+	return nil, fmt.Errorf("the network has changed %d times while the kernel listed it", maxDumps)
 }

@@ -1,14 +1,18 @@
 package agent
 
 import (
+	"bufio"
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"reflect"
 	"runtime"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -17,8 +21,6 @@ import (
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
-
-	"github.com/eni-guard/eni-guard/internal/sandbox"
 )
 
 func requireRoot(t *testing.T) {
@@ -99,93 +101,193 @@ func namedNamespace(t *testing.T, name string) (closeIt func()) {
 	return closeIt
 }
 
-var realHost = Host{Proc: "/proc", Cgroup: "/sys/fs/cgroup"}
-
-func TestNamespaceOfASandbox(t *testing.T) {
-	name := fmt.Sprintf("eni-guard-test-%d", os.Getpid())
-	closeIt := namedNamespace(t, name)
-	// Runtimes name the path below /var/run, mounts are below /run.
-	sandboxes := []podSandbox{{id: "s1", netnsPath: "/var/run/netns/" + name, ips: []netip.Addr{netip.MustParseAddr("10.113.0.9")}}}
-	open := sandbox.Finding{Kind: sandbox.NetnsOpen, Sandbox: "s1", Netns: "/run/netns/" + name}
-	assigned := sandbox.Finding{Kind: sandbox.IPAssigned, Sandbox: "s1", Netns: open.Netns, IP: testAddress, Interface: "lo"}
-	for _, test := range []struct {
-		name string
-		ips  []netip.Addr
-		want []sandbox.Finding
-	}{
-		{"with the pod's address", []netip.Addr{testAddress}, []sandbox.Finding{open, assigned}},
-		{"with another address", []netip.Addr{netip.MustParseAddr("10.113.0.6")}, []sandbox.Finding{open}},
-		{"of a pod without an address", nil, []sandbox.Finding{open}},
-	} {
-		t.Run(test.name, func(t *testing.T) {
-			got, err := realHost.namespaces(t.Context(), sandboxes, nil, test.ips)
-			if err != nil || !reflect.DeepEqual(got, test.want) {
-				t.Errorf("got  %v (%v)\nwant %v", got, err, test.want)
-			}
-		})
+// look is what the probes of processes and namespaces see of the real host.
+func look(t *testing.T, how depth) nodeView {
+	t.Helper()
+	v, processErr, netnsErr := realNode.view(t.Context(), how)
+	if err := errors.Join(processErr, netnsErr); err != nil {
+		t.Fatal(err)
 	}
-	t.Run("closed", func(t *testing.T) {
-		closeIt()
-		got, err := realHost.namespaces(t.Context(), sandboxes, nil, []netip.Addr{testAddress})
-		if err != nil || len(got) > 0 {
-			t.Errorf("got %v (%v)", got, err)
-		}
-	})
-	t.Run("closed, with the file left behind", func(t *testing.T) {
-		if err := os.MkdirAll(netnsDir, 0o755); err != nil {
-			t.Fatal(err)
-		}
-		path := filepath.Join(netnsDir, name)
-		if err := os.WriteFile(path, nil, 0o600); err != nil {
-			t.Fatal(err)
-		}
-		defer os.Remove(path)
-		got, err := realHost.namespaces(t.Context(), sandboxes, nil, []netip.Addr{testAddress})
-		if err != nil || len(got) > 0 {
-			t.Errorf("got %v (%v)", got, err)
-		}
-	})
+	return v
 }
 
-func TestNamespaceThatOnlyAProcessHolds(t *testing.T) {
+func TestANamespaceThatOnlyAMountKeeps(t *testing.T) {
+	name := fmt.Sprintf("eni-guard-test-%d", os.Getpid())
+	closeIt := namedNamespace(t, name)
+	path := filepath.Join(netnsDir, name)
+	var n netNamespace
+	for _, how := range []depth{quick, thorough} {
+		v := look(t, how)
+		var found bool
+		if n, found = v.namespace(v.mountedAt(path)); !found || n.name() != path || len(n.tasks) > 0 {
+			t.Fatalf("got %+v", n)
+		}
+		if a, has := n.address(testAddress); !has || a.device != "lo" {
+			t.Errorf("got addresses %v", n.addresses)
+		}
+	}
+	closeIt()
+	if id := look(t, thorough).mountedAt(path); id != "" {
+		t.Errorf("closed: got %s", id)
+	}
+	// What was mounted when the mount table was read, and is not when it is entered.
+	seen := []netNamespace{n}
+	if err := realNode.readAddresses(t.Context(), seen); err != nil || !gone(seen[0].unread) {
+		t.Errorf("closed while it was read: got %v, %v", err, seen[0].unread)
+	}
+	if err := os.MkdirAll(netnsDir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	defer os.Remove(path)
+	for _, how := range []depth{quick, thorough} {
+		if id := look(t, how).mountedAt(path); id != "" {
+			t.Errorf("closed, with the file left behind: got %s", id)
+		}
+	}
+	if err := realNode.readAddresses(t.Context(), seen); err != nil || !gone(seen[0].unread) {
+		t.Errorf("closed while it was read, with the file left behind: got %v, %v", err, seen[0].unread)
+	}
+}
+
+// A namespace over which something else is mounted has not ended: its path leads elsewhere, and so nothing is known of it.
+func TestACoveredNamespaceIsNotGone(t *testing.T) {
+	lower := fmt.Sprintf("eni-guard-test-lower-%d", os.Getpid())
+	upper := fmt.Sprintf("eni-guard-test-upper-%d", os.Getpid())
+	namedNamespace(t, lower)
+	namedNamespace(t, upper)
+	path := filepath.Join(netnsDir, lower)
+	id := look(t, thorough).mountedAt(path)
+	if err := unix.Mount(filepath.Join(netnsDir, upper), path, "", unix.MS_BIND, ""); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := unix.Unmount(path, 0); err != nil {
+			t.Error(err)
+		}
+	}()
+	v, _, err := realNode.view(t.Context(), thorough)
+	if n, found := v.namespace(id); !found || err == nil || !strings.Contains(err.Error(), "something else covers it") {
+		t.Errorf("got %+v (%v)", n, err)
+	}
+}
+
+// inNamespace starts a process in a network namespace of its own, with addresses, and returns the namespace's id.
+func inNamespace(t *testing.T, cmd *exec.Cmd, addresses ...netip.Addr) string {
+	t.Helper()
 	requireRoot(t)
-	ipv6 := netip.MustParseAddr("fd00:113::5")
-	cmd := exec.CommandContext(t.Context(), "sleep", "600")
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET}
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
-	file := realHost.task(cmd.Process.Pid, cmd.Process.Pid, "ns/net")
-	inode, err := os.Readlink(file)
+	file := realNode.task(cmd.Process.Pid, cmd.Process.Pid, "ns/net")
+	id, err := os.Readlink(file)
 	if err != nil {
 		t.Fatal(err)
 	}
 	away(t, func() error {
 		ns, err := netns.GetFromPath(file)
-		if err == nil {
-			err = errors.Join(netns.Set(ns), addAddress(testAddress), addAddress(ipv6), ns.Close())
+		if err != nil {
+			return err
+		}
+		err = errors.Join(netns.Set(ns), ns.Close())
+		for _, address := range addresses {
+			err = errors.Join(err, addAddress(address))
 		}
 		return err
 	})
-	p := podProcess{Process: sandbox.Process{PID: cmd.Process.Pid}, netns: inode, netnsFile: file}
-	got, err := realHost.namespaces(t.Context(), nil, []podProcess{p, p}, []netip.Addr{testAddress, ipv6})
-	want := []sandbox.Finding{
-		{Kind: sandbox.NetnsOpen, Netns: inode},
-		{Kind: sandbox.IPAssigned, Netns: inode, IP: testAddress, Interface: "lo"},
-		{Kind: sandbox.IPAssigned, Netns: inode, IP: ipv6, Interface: "lo"},
-	}
-	if err != nil || !reflect.DeepEqual(got, want) {
-		t.Errorf("got  %v (%v)\nwant %v", got, err, want)
-	}
+	return id
+}
 
-	// A process that has ended since takes its namespace along: that is no error.
+func TestANamespaceThatOnlyAProcessKeeps(t *testing.T) {
+	ipv6 := netip.MustParseAddr("fd00:113::5")
+	cmd := exec.CommandContext(t.Context(), "sleep", "600")
+	id := inNamespace(t, cmd, testAddress, ipv6)
+	n, found := look(t, thorough).namespace(id)
+	if !found || n.name() != id || !reflect.DeepEqual(n.tasks, leaders([]int{cmd.Process.Pid})) {
+		t.Fatalf("got %+v", n)
+	}
+	if want := []assignment{{testAddress, "lo"}, {ipv6, "lo"}}; !reflect.DeepEqual(n.addresses, want) {
+		t.Errorf("got %v, want %v", n.addresses, want)
+	}
+	// A process that has ended since takes its namespace along: that is no error, and no namespace.
 	if err := errors.Join(cmd.Process.Kill(), ignoreExit(cmd.Wait())); err != nil {
 		t.Fatal(err)
 	}
-	if got, err := realHost.namespaces(t.Context(), nil, []podProcess{p}, nil); err != nil || len(got) != 1 {
-		t.Errorf("after its end: got %v (%v)", got, err)
+	// Nor is one, if its number has been given to another process.
+	for name, tasks := range map[string][]task{"after its end": n.tasks, "with its number reused": leaders([]int{os.Getpid()})} {
+		seen := []netNamespace{{id: id, tasks: tasks}}
+		if err := realNode.readAddresses(t.Context(), seen); err != nil || !gone(seen[0].unread) {
+			t.Errorf("%s: got %+v (%v)", name, seen, err)
+		}
 	}
+}
+
+// A thread can go into a namespace alone. Such a thread, forgotten by a daemon, keeps it and the address in it.
+func TestANamespaceThatOnlyAThreadKeeps(t *testing.T) {
+	requireRoot(t)
+	cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run", "^TestHelperThread$")
+	cmd.Env = append(os.Environ(), helperThread+"=1")
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := cmd.StdinPipe(); err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
+	id, err := bufio.NewReader(out).ReadString('\n')
+	if err != nil {
+		t.Fatal(err)
+	}
+	id = strings.TrimSpace(id)
+	n, found := look(t, thorough).namespace(id)
+	if !found || len(n.tasks) != 1 || n.tasks[0].pid != cmd.Process.Pid || n.tasks[0].tid == cmd.Process.Pid {
+		t.Fatalf("got %+v", n)
+	}
+	described, err := realNode.describe(t.Context(), n.tasks)
+	if err != nil || len(described) != 1 || described[0].PID != cmd.Process.Pid || described[0].netns != id {
+		t.Errorf("described as %+v (%v)", described, err)
+	}
+}
+
+const helperThread = "ENI_GUARD_HELPER_THREAD"
+
+// TestHelperThread is the process of the test above: it prints where one of its threads is.
+func TestHelperThread(*testing.T) {
+	if os.Getenv(helperThread) == "" {
+		return
+	}
+	ids := make(chan string)
+	go func() {
+		runtime.LockOSThread()
+		if unix.Gettid() == unix.Getpid() {
+			go func() { // the main thread is taken: another one will do
+				runtime.LockOSThread()
+				ids <- unshareNetns()
+				select {}
+			}()
+			select {}
+		}
+		ids <- unshareNetns()
+		select {}
+	}()
+	fmt.Println(<-ids)
+	_, _ = io.Copy(io.Discard, os.Stdin) // until the test has ended
+}
+
+func unshareNetns() string {
+	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+		return err.Error()
+	}
+	id, _ := os.Readlink("/proc/thread-self/ns/net")
+	return id
 }
 
 func ignoreExit(err error) error {
@@ -197,69 +299,68 @@ func ignoreExit(err error) error {
 }
 
 // A thread of the agent that stayed in a pod's namespace would keep the address alive, unseen by everybody.
-func TestTheThreadThatEntersANamespaceComesBack(t *testing.T) {
+func TestTheThreadThatEntersNamespacesComesBack(t *testing.T) {
 	name := fmt.Sprintf("eni-guard-test-back-%d", os.Getpid())
 	namedNamespace(t, name)
+	path := filepath.Join(netnsDir, name)
+	v := look(t, thorough)
+	n, _ := v.namespace(v.mountedAt(path))
 	runtime.LockOSThread()
 	before, err := os.Readlink("/proc/thread-self/ns/net")
 	if err != nil {
 		t.Fatal(err)
 	}
-	handle, back, err := enterAndOpen(filepath.Join(netnsDir, name))
+	n.addresses = nil
+	namespaces := []netNamespace{n}
+	back, err := realNode.visit(t.Context(), namespaces)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer handle.Close()
 	after, err := os.Readlink("/proc/thread-self/ns/net")
 	if err != nil || !back || after != before {
 		t.Fatalf("the thread is in %s, came from %s, and is called back: %v (%v)", after, before, back, err)
 	}
 	runtime.UnlockOSThread()
-	addresses, err := handle.AddrList(nil, netlink.FAMILY_V4)
-	if err != nil || len(addresses) != 2 || addresses[1].IP.String() != testAddress.String() {
-		t.Errorf("the socket is not in the namespace: it lists %v (%v)", addresses, err)
+	if _, has := namespaces[0].address(testAddress); !has {
+		t.Errorf("it has not been in the namespace: it lists %v", namespaces[0].addresses)
 	}
 }
 
 // Where the runtime names a path that cannot be looked at, not finding it mounted proves nothing.
-func TestNamespacePathsElsewhere(t *testing.T) {
-	self := fmt.Sprintf("/proc/%d/ns/net", os.Getpid())
+func TestNamespacesOfSandboxes(t *testing.T) {
+	v := nodeView{host: "net:[1]", namespaces: []netNamespace{{id: "net:[7]", paths: []string{"/run/netns/cni-1"}}}}
+	h := newRecordedHost(t)
+	h.symlink("8/ns/net", "net:[8]")
+	h.symlink("9/ns/net", "net:[1]")
 	for _, test := range []struct {
-		name, path string
-		findings   int
-		want       string
+		name, path, id, want string
 	}{
-		{"of a process that is gone", "/proc/4194999/ns/net", 0, ""},
-		{"of a process in the host's namespace", self, 0, ""},
-		{"in another directory", "/var/run/docker/netns/x", 0, "network namespace /run/docker/netns/x of sandbox s1 is not below /run/netns"},
-		{"none", "", 0, ""},
+		{"mounted", "/run/netns/cni-1", "net:[7]", ""},
+		{"not mounted any more", "/run/netns/cni-2", "", ""},
+		{"of a process", "/proc/8/ns/net", "net:[8]", ""},
+		{"of a process in the host's namespace", "/proc/9/ns/net", "", ""},
+		{"of a process that is gone", "/proc/10/ns/net", "", ""},
+		{"in another directory", "/run/docker/netns/x", "", "network namespace /run/docker/netns/x of sandbox s1 is not below /run/netns"},
+		{"none", "", "", ""},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			host, err := realHost.namespace("net")
-			if err != nil {
-				t.Fatal(err)
-			}
-			own, err := os.Readlink("/proc/self/ns/net")
-			if err != nil || own != host {
-				t.Fatalf("this test must run in the host's network namespace (%v)", err)
-			}
-			got, err := realHost.namespaces(t.Context(), []podSandbox{{id: "s1", netnsPath: test.path}}, nil, nil)
-			if len(got) != test.findings || (err == nil) != (test.want == "") || err != nil && !strings.Contains(err.Error(), test.want) {
-				t.Errorf("got %v, %v", got, err)
+			id, err := h.sandboxNamespace(v, podSandbox{id: "s1", details: details{netnsPath: test.path}})
+			if id != test.id || (err == nil) != (test.want == "") || err != nil && !strings.Contains(err.Error(), test.want) {
+				t.Errorf("got %q, %v", id, err)
 			}
 		})
 	}
 }
 
-// The host's own network namespace is not a pod's, whatever process of the pod is in it.
-func TestTheHostsOwnNamespaceIsNoFinding(t *testing.T) {
-	host, err := realHost.namespace("net")
-	if err != nil {
-		t.Fatal(err)
+// The host's own network namespace is no pod's.
+func TestTheHostsOwnNamespaceIsLeftOut(t *testing.T) {
+	v := look(t, thorough)
+	own, err := os.Readlink("/proc/self/ns/net")
+	if err != nil || own != v.host {
+		t.Fatalf("this test must run in the host's network namespace (%v)", err)
 	}
-	got, err := realHost.namespaces(t.Context(), nil, []podProcess{{netns: host, netnsFile: "/proc/self/ns/net"}}, nil)
-	if err != nil || len(got) > 0 {
-		t.Errorf("got %v (%v)", got, err)
+	if n, found := v.namespace(own); found {
+		t.Errorf("got %+v", n)
 	}
 }
 
@@ -268,17 +369,17 @@ func TestMountsThatDoNotFollowTheHostProveNothing(t *testing.T) {
 	requireRoot(t)
 	name := fmt.Sprintf("eni-guard-test-private-%d", os.Getpid())
 	namedNamespace(t, name)
-	var named map[string]string
+	var mounted map[string][]string
 	var refusal error
 	away(t, func() error {
 		err := errors.Join(unix.Unshare(unix.CLONE_NEWNS), unix.Mount("", "/", "", unix.MS_PRIVATE|unix.MS_REC, ""))
 		if err == nil {
-			named, refusal = realHost.namedNamespaces()
+			mounted, refusal = realNode.mountedNamespaces()
 		}
 		return err
 	})
 	if refusal == nil || !strings.Contains(refusal.Error(), "mountPropagation: HostToContainer") {
-		t.Errorf("got %v (%v)", named, refusal)
+		t.Errorf("got %v (%v)", mounted, refusal)
 	}
 }
 
@@ -297,5 +398,79 @@ func TestReceivesNamespaces(t *testing.T) {
 		if got := receivesNamespaces(&test.mount); got != test.want {
 			t.Errorf("%+v: got %v", test.mount, got)
 		}
+	}
+}
+
+// dumped is one message of the kernel's list of addresses.
+func dumped(kind, flags uint16, data ...byte) []byte {
+	message := binary.NativeEndian.AppendUint32(nil, uint32(unix.SizeofNlMsghdr+len(data)))
+	message = binary.NativeEndian.AppendUint16(message, kind)
+	message = binary.NativeEndian.AppendUint16(message, flags)
+	message = append(message, make([]byte, 8)...) // sequence number and port
+	return append(message, data...)
+}
+
+// dumpedAddress is 10.113.0.5 on eth0, as the kernel tells it.
+func dumpedAddress(flags uint16) []byte {
+	ifaddrmsg := []byte{unix.AF_INET, 32, 0, 0, 2, 0, 0, 0}
+	attribute := func(kind uint16, value ...byte) []byte {
+		head := binary.NativeEndian.AppendUint16(nil, uint16(unix.SizeofRtAttr+len(value)))
+		return append(binary.NativeEndian.AppendUint16(head, kind), value...)
+	}
+	return dumped(unix.RTM_NEWADDR, flags, slices.Concat(ifaddrmsg, attribute(unix.IFA_LOCAL, testAddress.AsSlice()...), attribute(unix.IFA_LABEL, []byte("eth0\x00\x00\x00\x00")...))...)
+}
+
+// What the kernel has not told in full is no answer.
+func TestReadDump(t *testing.T) {
+	done := dumped(unix.NLMSG_DONE, unix.NLM_F_MULTI, 0, 0, 0, 0)
+	one := []assignment{{testAddress, "eth0"}}
+	const interrupted = unix.NLM_F_MULTI | unix.NLM_F_DUMP_INTR
+	for _, test := range []struct {
+		name string
+		part []byte
+		want []assignment
+		done bool
+		err  error
+	}{
+		{"one part of several", dumpedAddress(unix.NLM_F_MULTI), one, false, nil},
+		{"the last one", slices.Concat(dumpedAddress(unix.NLM_F_MULTI), done), one, true, nil},
+		{"nothing", done, nil, true, nil},
+		{"something has changed", slices.Concat(dumpedAddress(unix.NLM_F_MULTI), dumpedAddress(interrupted), done), nil, false, netlink.ErrDumpInterrupted},
+		{"something has changed, as the last message says", slices.Concat(dumpedAddress(unix.NLM_F_MULTI), dumped(unix.NLMSG_DONE, interrupted, 0, 0, 0, 0)), nil, false, netlink.ErrDumpInterrupted},
+		{"the kernel refuses", dumped(unix.NLMSG_ERROR, 0, binary.NativeEndian.AppendUint32(nil, ^uint32(unix.EPERM)+1)...), nil, false, unix.EPERM},
+		{"cut off", append(dumpedAddress(unix.NLM_F_MULTI), done[:18]...), nil, false, unix.EINVAL},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			got, done, err := readDump(test.part, map[uint32]string{})
+			if !slices.Equal(got, test.want) || done != test.done || !errors.Is(err, test.err) {
+				t.Errorf("got %v, %v, %v", got, done, err)
+			}
+		})
+	}
+}
+
+func TestAnInterruptedListIsRepeated(t *testing.T) {
+	for _, test := range []struct {
+		name        string
+		interrupted int
+		lists       int
+		want        string
+	}{
+		{"never", 0, 1, ""},
+		{"sometimes", 3, 4, ""},
+		{"always", 1 << 30, maxDumps, "the network has changed 20 times while the kernel listed it"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			lists := 0
+			got, err := complete(func() ([]int, error) {
+				if lists++; lists <= test.interrupted {
+					return []int{0}, fmt.Errorf("listing: %w", netlink.ErrDumpInterrupted)
+				}
+				return []int{1, 2}, nil
+			})
+			if lists != test.lists || text(err) != test.want || (err == nil) != slices.Equal(got, []int{1, 2}) {
+				t.Errorf("got %v (%v) after %d lists", got, err, lists)
+			}
+		})
 	}
 }

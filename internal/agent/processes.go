@@ -7,46 +7,135 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strconv"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/prometheus/procfs"
+	"golang.org/x/sys/unix"
 
 	"github.com/eni-guard/eni-guard/internal/sandbox"
 )
 
-// Host is where the node's /proc and cgroup hierarchies are seen: the real ones, or recorded ones in a test.
-type Host struct {
-	Proc   string // "/proc" of the host's PID namespace
-	Cgroup string // "/sys/fs/cgroup"
-}
-
-// podProcess is a live process of a pod and the network namespace it is in.
+// podProcess is a live process and the network namespace it is in.
 type podProcess struct {
 	sandbox.Process
-	netns     string // "net:[INODE]"; empty when it cannot be told any more
-	netnsFile string // the file to enter it by
+	netns string // "net:[INODE]"; empty when it cannot be told any more
 }
 
-// podCgroup matches the directory of any pod's cgroup: pod<UID> with the cgroupfs driver,
-// kubepods-<class>-pod<UID with underscores>.slice with systemd's (kubelet: pkg/kubelet/cm, GetPodContainerNameForDriver).
-// Static pods have a hash without dashes as UID. Below a cgroup root of the kubelet's own, systemd's names start with that root's.
-var podCgroup = regexp.MustCompile(`^(?:[a-z0-9_.-]+-)?pod([0-9a-f]{8}(?:[-_][0-9a-f]{4}){3}[-_][0-9a-f]{12}|[0-9a-f]{32})(?:\.slice)?$`)
+// task is a thread, or, with the same two numbers, a whole process by its leader.
+type task struct{ pid, tid int }
 
-// processes returns the live processes in the cgroups of a pod. With cgroup version 1 a process counts when it is in
-// the pod's group of any hierarchy: moving it out of one does not hide it.
-func (h Host) processes(ctx context.Context, uid string) ([]podProcess, error) {
-	groups, err := h.podCgroups(ctx, uid)
+// leaders are the tasks of whole processes.
+func leaders(pids []int) []task {
+	tasks := make([]task, len(pids))
+	for i, pid := range pids {
+		tasks[i] = task{pid, pid}
+	}
+	return tasks
+}
+
+// tasks returns which threads are in which network namespace, for all namespaces of the node; of a process whose threads are
+// all in the same, one. Threads, because the leader of a killed process may have ended, and lost its namespace, while
+// another thread is stuck in the kernel; and because a thread can enter a namespace alone.
+//
+// It leaves out the calling process, whose threads go into namespaces to look at them.
+func (h Host) tasks(ctx context.Context) (map[string][]task, error) {
+	proc, err := os.Open(h.Proc)
 	if err != nil {
 		return nil, err
 	}
-	pids, err := cgroupPIDs(ctx, groups)
+	defer proc.Close()
+	names, err := proc.Readdirnames(-1)
 	if err != nil {
 		return nil, err
+	}
+	found := map[string][]task{}
+	first := false
+	for _, name := range names {
+		pid, err := strconv.Atoi(name)
+		if err != nil || pid == os.Getpid() {
+			continue
+		}
+		first = first || pid == 1
+		if ctx.Err() != nil {
+			return found, ctx.Err()
+		}
+		if err := namespacesOfProcess(int(proc.Fd()), pid, found); err != nil {
+			return found, fmt.Errorf("network namespaces of process %d (this needs the capability SYS_PTRACE): %w", pid, err)
+		}
+	}
+	if !first {
+		return found, fmt.Errorf("%s does not show process 1: it hides processes (mount option hidepid), or is not the host's", h.Proc)
+	}
+	return found, nil
+}
+
+// namespacesOfProcess adds a process to the namespaces that its threads are in. It runs for every process of the node, hence
+// with as few calls of the kernel as there can be.
+func namespacesOfProcess(proc, pid int, found map[string][]task) error {
+	base := strconv.Itoa(pid)
+	add := func(directory int, path string, t task) error {
+		var target [64]byte
+		n, err := unix.Readlinkat(directory, path, target[:])
+		switch {
+		case gone(err):
+			return nil
+		// Nobody may look at process 1 of some machines. It is in the host's namespaces by definition.
+		case errors.Is(err, fs.ErrPermission) && pid == 1:
+			return nil
+		case err != nil:
+			return err
+		}
+		id := string(target[:n])
+		// The threads of one process come one after the other.
+		if known := found[id]; len(known) == 0 || known[len(known)-1].pid != pid {
+			found[id] = append(known, t)
+		}
+		return nil
+	}
+	// The number of links of the directory of threads says how many there are (fs/proc/base.c, proc_task_getattr), more than one
+	// in a few processes only.
+	var stat unix.Stat_t
+	if err := unix.Fstatat(proc, base+"/task", &stat, 0); err != nil {
+		if gone(err) {
+			return nil
+		}
+		return err
+	}
+	if stat.Nlink <= 3 {
+		return add(proc, base+"/ns/net", task{pid, pid})
+	}
+	directory, err := unix.Openat(proc, base+"/task", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if gone(err) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	file := os.NewFile(uintptr(directory), "task")
+	defer file.Close()
+	threads, err := file.Readdirnames(-1)
+	if err != nil && !gone(err) {
+		return err
+	}
+	for _, thread := range threads {
+		tid, err := strconv.Atoi(thread)
+		if err != nil {
+			continue
+		}
+		if err := add(directory, thread+"/ns/net", task{pid, tid}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// describe reads the tasks that are alive. What could be read before an error is returned beside it.
+func (h Host) describe(ctx context.Context, tasks []task) ([]podProcess, error) {
+	if len(tasks) == 0 {
+		return nil, nil
 	}
 	proc, err := procfs.NewFS(h.Proc)
 	if err != nil {
@@ -59,11 +148,11 @@ func (h Host) processes(ctx context.Context, uid string) ([]podProcess, error) {
 	boot := time.Unix(int64(kernel.BootTime), 0) //nolint:gosec // seconds since 1970
 	var found []podProcess
 	var unread []error
-	for _, pid := range pids {
+	for _, t := range tasks {
 		if ctx.Err() != nil {
 			return found, ctx.Err()
 		}
-		p, alive, err := h.process(proc, pid, boot)
+		p, alive, err := h.process(proc, t, boot)
 		if err != nil {
 			unread = append(unread, err)
 		}
@@ -74,91 +163,15 @@ func (h Host) processes(ctx context.Context, uid string) ([]podProcess, error) {
 	return found, errors.Join(unread...)
 }
 
-// podCgroups finds the directories of a pod's cgroup in all hierarchies. It does not descend into the groups of pods,
-// so its cost grows with the pods of the node, not with their containers or processes.
-//
-// The cgroups of some pod must be there to see, if only the agent's own: otherwise this is not the host's hierarchy,
-// and finding nothing would prove nothing.
-func (h Host) podCgroups(ctx context.Context, uid string) ([]string, error) {
-	var found []string
-	anyPod := false
-	err := filepath.WalkDir(h.Cgroup, func(path string, entry fs.DirEntry, err error) error {
-		switch {
-		case ctx.Err() != nil:
-			return ctx.Err()
-		case errors.Is(err, fs.ErrNotExist) && path != h.Cgroup:
-			return nil // removed while it was read
-		case err != nil:
-			return err
-		case !entry.IsDir():
-			return nil
-		}
-		match := podCgroup.FindStringSubmatch(entry.Name())
-		if match == nil {
-			return nil
-		}
-		anyPod = true
-		if strings.ReplaceAll(match[1], "_", "-") == uid {
-			found = append(found, path)
-		}
-		return fs.SkipDir
-	})
-	if err != nil {
-		return nil, fmt.Errorf("looking for the pod's cgroups below %s: %w", h.Cgroup, err)
-	}
-	if !anyPod {
-		return nil, fmt.Errorf("no pod has a cgroup below %s: this is not the node's cgroup hierarchy", h.Cgroup)
-	}
-	return found, nil
-}
-
-// cgroupPIDs reads cgroup.procs of the groups and of everything below them. The kernel leaves zombies out of it, but
-// lists the dead leader of a process that has a live thread.
-func cgroupPIDs(ctx context.Context, groups []string) ([]int, error) {
-	var pids []int
-	for _, group := range groups {
-		err := filepath.WalkDir(group, func(path string, entry fs.DirEntry, err error) error {
-			switch {
-			case ctx.Err() != nil:
-				return ctx.Err()
-			case errors.Is(err, fs.ErrNotExist):
-				return nil
-			case err != nil:
-				return err
-			case !entry.IsDir():
-				return nil
-			}
-			content, err := os.ReadFile(filepath.Join(path, "cgroup.procs"))
-			if gone(err) {
-				return nil
-			}
-			if err != nil {
-				return err
-			}
-			for field := range strings.FieldsSeq(string(content)) {
-				pid, err := strconv.Atoi(field)
-				if err != nil {
-					return fmt.Errorf("%s/cgroup.procs: %w", path, err)
-				}
-				if pid == 0 {
-					return fmt.Errorf("%s/cgroup.procs has a process of another PID namespace: the agent does not run in the host's", path)
-				}
-				pids = append(pids, pid)
-			}
-			return nil
-		})
-		if err != nil {
-			return nil, fmt.Errorf("reading the pod's processes: %w", err)
-		}
-	}
-	slices.Sort(pids)
-	return slices.Compact(pids), nil
-}
-
-// process reads one process; alive is true also beside an error, when a live thread was seen before. It reads only files that the kernel answers without the process's memory lock, which a
-// stuck process may hold for ever: stat, wchan and the namespace link, never cmdline or environ.
-func (h Host) process(proc procfs.FS, pid int, boot time.Time) (p podProcess, alive bool, err error) {
+// process reads one process, or one thread of it; alive is true also beside an error, when a live thread was seen before. It reads only files
+// that the kernel answers without the process's memory lock, which a stuck process may hold for ever: stat, wchan and the
+// namespace link, never cmdline or environ.
+func (h Host) process(proc procfs.FS, t task, boot time.Time) (p podProcess, alive bool, err error) {
+	pid := t.pid
 	threads, err := proc.AllThreads(pid)
+	if t.tid != pid {
+		threads = slices.DeleteFunc(threads, func(thread procfs.Proc) bool { return thread.PID != t.tid })
+	}
 	if gone(err) || len(threads) == 0 && err == nil {
 		return podProcess{}, false, nil
 	}
@@ -189,11 +202,11 @@ func (h Host) process(proc procfs.FS, pid int, boot time.Time) (p podProcess, al
 			Started:     boot.Add(time.Duration(stat.Starttime) * time.Second / userHZ).UTC(), //nolint:gosec // ticks since boot
 		}
 		// The namespace of a leader that is dead already can no longer be read; that of its live thread can.
-		p.netnsFile = h.task(pid, thread.PID, "ns/net")
-		if p.netns, err = os.Readlink(p.netnsFile); err != nil && !gone(err) {
+		if p.netns, err = os.Readlink(h.task(pid, thread.PID, "ns/net")); err != nil && !gone(err) {
 			return p, alive, fmt.Errorf("network namespace of process %d: %w", pid, err)
 		}
 		if stat.State == "D" {
+			p.Stack = h.stack(pid, thread.PID)
 			break
 		}
 	}
@@ -216,7 +229,45 @@ func (h Host) waitChannel(pid, tid int) string {
 	return string(content)
 }
 
-// gone says whether an error means that a process or a group ended while it was read.
-func gone(err error) bool {
-	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ESRCH) || errors.Is(err, syscall.ENODEV)
+const (
+	// stackTimeout is how long the kernel may take to give a stack: it waits for a lock that an execve holds (fs/proc/base.c,
+	// lock_trace), and one that is stuck holds it for ever.
+	stackTimeout = 50 * time.Millisecond
+	// maxStack bounds the functions that are kept of a stack.
+	maxStack = 16
+)
+
+// stackSlots bounds how many reads of stacks can hang.
+var stackSlots = make(chan struct{}, 4)
+
+// stack returns the kernel functions a thread sleeps in, innermost first; nil when the kernel does not tell, or not in time.
+// It explains a finding, and is none.
+func (h Host) stack(pid, tid int) []string {
+	select {
+	case stackSlots <- struct{}{}:
+	default:
+		return nil
+	}
+	read := make(chan []byte, 1)
+	go func() {
+		defer func() { <-stackSlots }()
+		content, _ := os.ReadFile(h.task(pid, tid, "stack"))
+		read <- content
+	}()
+	var content []byte
+	select {
+	case content = <-read:
+	case <-time.After(stackTimeout):
+		return nil
+	}
+	var functions []string
+	for line := range strings.Lines(string(content)) {
+		// [<0>] request_wait_answer+0x1a2/0x2b0
+		_, function, _ := strings.Cut(strings.TrimSpace(line), " ")
+		function, _, _ = strings.Cut(function, "+")
+		if function != "" && len(functions) < maxStack {
+			functions = append(functions, function)
+		}
+	}
+	return functions
 }

@@ -7,13 +7,17 @@ import (
 	"net/netip"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/eni-guard/eni-guard/internal/sandbox"
 )
 
 // recordedCRI answers as containerd does, from what a test put in.
@@ -22,6 +26,30 @@ type recordedCRI struct {
 	sandboxes  map[string]*runtimeapi.PodSandboxStatusResponse // by ID
 	containers []*runtimeapi.Container
 	fails      string // the call that fails
+	// hasNoStatus is a sandbox that is listed for as long as one looks, and has no status.
+	hasNoStatus string
+	name        string // of the runtime
+	version     string
+	events      chan *runtimeapi.ContainerEventResponse
+	listeners   atomic.Int32
+}
+
+func (r *recordedCRI) Version(context.Context, *runtimeapi.VersionRequest) (*runtimeapi.VersionResponse, error) {
+	return &runtimeapi.VersionResponse{RuntimeName: r.name, RuntimeVersion: r.version}, nil
+}
+
+func (r *recordedCRI) GetContainerEvents(_ *runtimeapi.GetEventsRequest, stream grpc.ServerStreamingServer[runtimeapi.ContainerEventResponse]) error {
+	r.listeners.Add(1)
+	for {
+		select {
+		case event := <-r.events:
+			if err := stream.Send(event); err != nil {
+				return err
+			}
+		case <-stream.Context().Done():
+			return nil
+		}
+	}
 }
 
 func (r *recordedCRI) failure(call string) error {
@@ -32,13 +60,22 @@ func (r *recordedCRI) failure(call string) error {
 }
 
 func (r *recordedCRI) ListPodSandbox(_ context.Context, request *runtimeapi.ListPodSandboxRequest) (*runtimeapi.ListPodSandboxResponse, error) {
+	if id := request.GetFilter().GetId(); id != "" {
+		if id == r.hasNoStatus {
+			return &runtimeapi.ListPodSandboxResponse{Items: []*runtimeapi.PodSandbox{{Id: id}}}, nil
+		}
+		return &runtimeapi.ListPodSandboxResponse{}, nil
+	}
 	if uid := request.GetFilter().GetLabelSelector()["io.kubernetes.pod.uid"]; uid != podUID || request.GetFilter().GetState() != nil {
 		return nil, fmt.Errorf("listed with %v", request.GetFilter())
 	}
 	response := &runtimeapi.ListPodSandboxResponse{Items: []*runtimeapi.PodSandbox{{Id: "removed-since"}}}
 	for _, id := range []string{"new", "old"} {
 		if r.sandboxes[id] != nil {
-			response.Items = append(response.Items, &runtimeapi.PodSandbox{Id: id})
+			response.Items = append(response.Items, &runtimeapi.PodSandbox{
+				Id: id, State: r.sandboxes[id].GetStatus().GetState(),
+				Metadata: &runtimeapi.PodSandboxMetadata{Namespace: "shop", Name: "web-0", Uid: podUID},
+			})
 		}
 	}
 	return response, r.failure("ListPodSandbox")
@@ -92,14 +129,14 @@ func sandboxStatus(state runtimeapi.PodSandboxState, netns string, ips ...string
 	}
 	return &runtimeapi.PodSandboxStatusResponse{
 		Status: &runtimeapi.PodSandboxStatus{State: state, Network: network},
-		Info:   map[string]string{"info": fmt.Sprintf(`{"runtimeSpec":{"linux":{"namespaces":[{"type":"network","path":%q}]}}}`, netns)},
+		Info:   map[string]string{"info": fmt.Sprintf(`{"pid":77,"runtimeSpec":{"linux":{"cgroupsPath":"/kubepods/c","namespaces":[{"type":"network","path":%q}]}}}`, netns)},
 	}
 }
 
 func twoSandboxes() *recordedCRI {
 	return &recordedCRI{
 		sandboxes: map[string]*runtimeapi.PodSandboxStatusResponse{
-			"new": sandboxStatus(runtimeapi.PodSandboxState_SANDBOX_READY, "/run/netns/cni-2", "10.0.0.2", "fd00::2"),
+			"new": sandboxStatus(runtimeapi.PodSandboxState_SANDBOX_READY, "/var/run/netns/cni-2", "10.0.0.2", "fd00::2"),
 			"old": sandboxStatus(runtimeapi.PodSandboxState_SANDBOX_NOTREADY, "/run/netns/cni-1"),
 		},
 		containers: []*runtimeapi.Container{
@@ -111,8 +148,11 @@ func twoSandboxes() *recordedCRI {
 }
 
 var (
-	newSandbox = podSandbox{id: "new", ready: true, netnsPath: "/run/netns/cni-2", ips: []netip.Addr{netip.MustParseAddr("10.0.0.2"), netip.MustParseAddr("fd00::2")}}
-	oldSandbox = podSandbox{id: "old", netnsPath: "/run/netns/cni-1"}
+	podOfRecords = sandbox.Pod{Namespace: "shop", Name: "web-0", UID: podUID}
+	newSandbox   = podSandbox{id: "new", pod: podOfRecords, ready: true, details: details{
+		netnsPath: "/run/netns/cni-2", ips: []netip.Addr{netip.MustParseAddr("10.0.0.2"), netip.MustParseAddr("fd00::2")}, cgroup: "/kubepods/c", pid: 77,
+	}}
+	oldSandbox = podSandbox{id: "old", pod: podOfRecords, details: details{netnsPath: "/run/netns/cni-1", cgroup: "/kubepods/c", pid: 77}}
 	containers = []podContainer{{"c1", "app", "new"}, {"c2", "lost", "new"}}
 )
 
@@ -126,20 +166,93 @@ func TestRuntimePod(t *testing.T) {
 	}{
 		{"everything answers", "", []podSandbox{newSandbox, oldSandbox}, containers, ""},
 		{"sandboxes cannot be listed", "ListPodSandbox", nil, nil, "container runtime: ListPodSandbox failed"},
-		{"one sandbox cannot be read", "PodSandboxStatus of new", []podSandbox{{id: "new"}, oldSandbox}, containers, "PodSandboxStatus of new failed"},
+		{"one sandbox cannot be read", "PodSandboxStatus of new", []podSandbox{{id: "new", pod: podOfRecords, ready: true}, oldSandbox}, containers, "PodSandboxStatus of new failed"},
 		{"containers cannot be listed: the sandboxes are still evidence", "ListContainers", []podSandbox{newSandbox, oldSandbox}, nil, "ListContainers failed"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			cri := twoSandboxes()
 			cri.fails = test.fails
-			sandboxes, running, err := serveCRI(t, cri).pod(t.Context(), podUID)
-			if !reflect.DeepEqual(sandboxes, test.sandboxes) || !reflect.DeepEqual(running, test.containers) {
-				t.Errorf("got %+v and %+v", sandboxes, running)
+			found, err := serveCRI(t, cri).pod(t.Context(), podUID)
+			if !reflect.DeepEqual(found, podRecords{test.sandboxes, test.containers}) {
+				t.Errorf("got %+v", found)
 			}
 			if (err == nil) != (test.want == "") || err != nil && !strings.Contains(err.Error(), test.want) {
 				t.Errorf("got error %v, want %q", err, test.want)
 			}
 		})
+	}
+}
+
+// The events of a runtime that gives each to one listener only are left to the kubelet.
+func TestRuntimeEvents(t *testing.T) {
+	for _, test := range []struct {
+		name, version string
+		want          bool
+	}{
+		{"containerd", "v2.4.2", true},
+		{"containerd", "2.0.0", true},
+		{"containerd", "v10.0.0", true},
+		{"containerd", "1.7.35", false},
+		{"containerd", "1.6.20~ds1", false},
+		{"containerd", "", false},
+		{"cri-o", "1.33.0", false},
+	} {
+		t.Run(test.name+" "+test.version, func(t *testing.T) {
+			cri := &recordedCRI{name: test.name, version: test.version, events: make(chan *runtimeapi.ContainerEventResponse)}
+			runtime := serveCRI(t, cri)
+			if got, err := runtime.version(t.Context()); err != nil || got != test.name+" "+test.version {
+				t.Errorf("version %q (%v)", got, err)
+			}
+			if got := runtime.broadcasts(t.Context()); got != test.want {
+				t.Fatalf("listens: %v", got)
+			}
+			if !test.want {
+				return
+			}
+			events := runtime.events(t.Context())
+			for range 2 {
+				cri.events <- &runtimeapi.ContainerEventResponse{}
+				<-events
+			}
+			if n := cri.listeners.Load(); n != 1 {
+				t.Errorf("%d listeners", n)
+			}
+		})
+	}
+}
+
+// What does not change of a sandbox is asked about once, but only when it is known for good; and not kept longer than the sandbox.
+func TestDetailsAreRemembered(t *testing.T) {
+	cri := twoSandboxes()
+	runtime := serveCRI(t, cri)
+	known := func() (ids []string) {
+		for id := range runtime.known {
+			ids = append(ids, id)
+		}
+		return ids
+	}
+	if _, err := runtime.pod(t.Context(), podUID); err != nil || !slices.Equal(known(), []string{"new"}) {
+		t.Errorf("remembers %v (%v)", known(), err)
+	}
+	// The addresses of a sandbox that has ended since are those it had.
+	cri.sandboxes["new"] = sandboxStatus(runtimeapi.PodSandboxState_SANDBOX_NOTREADY, "/run/netns/cni-2")
+	found, err := runtime.pod(t.Context(), podUID)
+	if err != nil || found.sandboxes[0].ready || !reflect.DeepEqual(found.sandboxes[0].ips, newSandbox.ips) {
+		t.Errorf("got %+v (%v)", found, err)
+	}
+	runtime.forget([]podSandbox{{id: "other"}})
+	if len(known()) > 0 {
+		t.Errorf("still remembers %v", known())
+	}
+}
+
+// A sandbox that is still listed, though its status is not found, has not been removed.
+func TestASandboxWithoutAStatus(t *testing.T) {
+	cri := twoSandboxes()
+	cri.hasNoStatus = "removed-since"
+	found, err := serveCRI(t, cri).pod(t.Context(), podUID)
+	if err == nil || !strings.Contains(err.Error(), "no such sandbox") || len(found.sandboxes) != 3 {
+		t.Errorf("got %+v (%v)", found, err)
 	}
 }
 
@@ -149,7 +262,10 @@ func TestRuntimeThatIsNotThere(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer runtime.Close()
-	if _, _, err := runtime.pod(t.Context(), podUID); err == nil || !strings.HasPrefix(err.Error(), "container runtime: ") || !strings.Contains(err.Error(), "no such file") {
+	if _, err := runtime.pod(t.Context(), podUID); err == nil || !strings.HasPrefix(err.Error(), "container runtime: ") || !strings.Contains(err.Error(), "no such file") {
 		t.Errorf("got %v", err)
+	}
+	if version, err := runtime.version(t.Context()); err == nil || !strings.HasPrefix(err.Error(), "container runtime: ") {
+		t.Errorf("version %q (%v)", version, err)
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"sync"
 	"time"
 
 	"github.com/go-logr/logr"
@@ -17,18 +18,14 @@ import (
 const (
 	// InspectPath takes a sandbox.Query by POST and answers with a sandbox.Report. The query parameter "timeout", a Go
 	// duration, bounds how long the agent may look; what it has not found out by then, the report says. With "wait", a Go
-	// duration too, it looks again and again, and answers when the pod is released or the time has passed.
+	// duration too, it looks again when something has changed, and answers when the pod is released or the time has passed.
 	InspectPath = "/v1/inspect"
 	// DefaultPort is where agents listen on their node's address.
 	DefaultPort = 9807
 
 	defaultTimeout = 5 * time.Second
 	maxTimeout     = 30 * time.Second
-	// lookAgainAfter and lookAgainAtMost are the pause between two looks while the caller waits: it doubles from one to the
-	// other.
-	lookAgainAfter  = 100 * time.Millisecond
-	lookAgainAtMost = 2 * time.Second
-	maxQueryBytes   = 64 << 10
+	maxQueryBytes  = 64 << 10
 )
 
 // errorBody is the answer to a query that cannot be asked.
@@ -47,7 +44,7 @@ func Handler(inspector *Inspector, log logr.Logger) http.Handler {
 			return
 		}
 		start := time.Now()
-		report := inspectUntilReleased(r.Context(), inspector, query, times)
+		report := awaitRelease(r.Context(), inspector, query, times)
 		log.Info("inspected", "namespace", query.Namespace, "pod", query.Name, "uid", query.UID, "verdict", report.Verdict(),
 			"findings", len(report.Findings), "failures", report.Failures(), "took", time.Since(start).String())
 		writeJSON(w, http.StatusOK, report)
@@ -57,26 +54,6 @@ func Handler(inspector *Inspector, log logr.Logger) http.Handler {
 
 // times are how long a caller wants the agent to look, and to wait for the release.
 type times struct{ timeout, wait time.Duration }
-
-// inspectUntilReleased looks once, or, if the caller waits, until the pod is released, the time has passed or the caller
-// has gone.
-func inspectUntilReleased(ctx context.Context, inspector *Inspector, query sandbox.Query, t times) sandbox.Report {
-	end := time.Now().Add(t.wait)
-	for pause := lookAgainAfter; ; pause = min(2*pause, lookAgainAtMost) {
-		look, cancel := context.WithTimeout(ctx, t.timeout)
-		report := inspector.Inspect(look, query)
-		cancel()
-		left := time.Until(end)
-		if report.Verdict() == sandbox.Released || left <= 0 {
-			return report
-		}
-		select {
-		case <-time.After(min(pause, left)):
-		case <-ctx.Done():
-			return report
-		}
-	}
-}
 
 // readQuery reads and checks a query; status is the HTTP status that goes with an error.
 func readQuery(w http.ResponseWriter, r *http.Request, node string) (query sandbox.Query, t times, status int, err error) {
@@ -119,27 +96,35 @@ func writeJSON(w http.ResponseWriter, status int, body any) {
 // noPod is a UID that no pod has: looking for it runs every probe and must find nothing.
 const noPod = "00000000-0000-0000-0000-000000000000"
 
+// goodFor is how long it is enough for the agent's readiness that every probe could look everywhere.
+const goodFor = 20 * time.Second
+
 // HealthHandler serves /healthz (the agent runs) and /readyz (every probe can look).
 func HealthHandler(inspector *Inspector) http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
 		fmt.Fprintln(w, "ok")
 	})
+	// The kubelet asks every few seconds, and a look at everything has its price: in between, a quick one must do.
+	var mu sync.Mutex
+	var good time.Time
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, r *http.Request) {
+		mu.Lock()
+		defer mu.Unlock()
+		how := quick
+		if time.Since(good) > goodFor {
+			how = thorough
+		}
 		ctx, cancel := context.WithTimeout(r.Context(), defaultTimeout)
 		defer cancel()
-		report := inspector.Inspect(ctx, sandbox.Query{Node: inspector.node, UID: noPod})
-		// No probe had a namespace to enter; the agent's own needs the same privilege.
-		handle, err := socketIn("/proc/thread-self/ns/net")
-		if err != nil {
-			report.Probes = append(report.Probes, sandbox.Probe{Name: sandbox.ProbeNetns, Error: err.Error()})
+		report := inspector.look(ctx, sandbox.Query{Node: inspector.node, UID: noPod}, how)
+		if report.Verdict() != sandbox.Released {
+			good = time.Time{}
 			writeJSON(w, http.StatusServiceUnavailable, report)
 			return
 		}
-		handle.Close()
-		if report.Verdict() != sandbox.Released {
-			writeJSON(w, http.StatusServiceUnavailable, report)
-			return
+		if how == thorough {
+			good = time.Now()
 		}
 		fmt.Fprintln(w, "ok")
 	})

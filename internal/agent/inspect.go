@@ -1,0 +1,505 @@
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/eni-guard/eni-guard/internal/exitstatus"
+	"github.com/eni-guard/eni-guard/internal/sandbox"
+)
+
+// The exit statuses of `eni-guard inspect`, beside 0: nothing is left, and exitstatus.Usage.
+const (
+	exitBound   = 1
+	exitUnknown = 2
+)
+
+type inspectOptions struct {
+	pod, uid, ip string
+	all          bool
+	output       string
+	node         string
+	criSocket    string
+	kubeconfig   string
+	timeout      time.Duration
+}
+
+// NewInspectCommand returns `eni-guard inspect`.
+func NewInspectCommand() *cobra.Command {
+	o := inspectOptions{}
+	cmd := &cobra.Command{
+		Use:   "inspect {--pod NAMESPACE/NAME | --uid UID | --ip ADDRESS | --all}",
+		Short: "Tell, on a node, what of a pod is still there, or who has an address",
+		Long: `Looks at the node it runs on, as root: at the container runtime, the cgroups of pods, all processes and all network
+namespaces. It reads only.
+
+Exit status: 0 nothing is left; 1 something is; 2 it could not look everywhere, and has found nothing; 64 wrong usage.`,
+		Example: `  # who has this address?
+  eni-guard inspect --ip 10.0.12.34
+  # what is left here of pods that are gone, and which addresses are there twice?
+  eni-guard inspect --all
+  # the same through the agent of a node
+  kubectl exec -n eni-guard AGENT-POD -- /eni-guard inspect --all`,
+		Args: func(_ *cobra.Command, args []string) error {
+			if len(args) > 0 {
+				return exitstatus.With(exitstatus.Usage, fmt.Errorf("%q is no flag%s", args[0], meant(args[0], "")))
+			}
+			return nil
+		},
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			question, err := o.validate(cmd.Flags().Changed)
+			if err != nil {
+				return exitstatus.With(exitstatus.Usage, err)
+			}
+			ctx, cancel := context.WithTimeout(cmd.Context(), o.timeout)
+			defer cancel()
+			return o.run(ctx, cmd.OutOrStdout(), question)
+		},
+	}
+	cmd.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return exitstatus.With(exitstatus.Usage, err) })
+	flags := cmd.Flags()
+	flags.StringVar(&o.pod, "pod", "", "NAMESPACE/NAME of a pod that the container runtime still knows")
+	flags.StringVar(&o.uid, "uid", "", "UID of a pod, which need not exist any more")
+	flags.StringVar(&o.ip, "ip", "", "address, IPv4 or IPv6")
+	flags.BoolVar(&o.all, "all", false, "all that is left of pods that are gone, and all addresses that are there twice")
+	flags.StringVarP(&o.output, "output", "o", "text", "text, or json for programs")
+	flags.StringVar(&o.node, "node-name", nodeName(), "the name of this node in Kubernetes (or the environment variable NODE_NAME; otherwise that of the host)")
+	flags.StringVar(&o.criSocket, "cri-socket", defaultCRISocket(), criSocketUsage)
+	flags.StringVar(&o.kubeconfig, "kubeconfig", "", "for --all: how to reach the API server, such as /etc/kubernetes/kubelet.conf on many nodes; not needed in the agent's pod")
+	flags.DurationVar(&o.timeout, "timeout", defaultTimeout, "how long to look, up to "+maxTimeout.String())
+	return cmd
+}
+
+const criSocketUsage = "the container runtime's CRI socket (or the environment variable CRI_SOCKET)"
+
+// checkCRISocket refuses what cannot be a socket. The prefix that crictl and the kubelet have is fine.
+func checkCRISocket(socket string) error {
+	if !filepath.IsAbs(strings.TrimPrefix(socket, "unix://")) {
+		return fmt.Errorf("--cri-socket %q is not the absolute path of a socket", socket)
+	}
+	return nil
+}
+
+// likelyCRISockets are where common runtimes have their sockets.
+var likelyCRISockets = []string{
+	"/run/containerd/containerd.sock", "/run/crio/crio.sock", "/run/k3s/containerd/containerd.sock", "/run/k0s/containerd.sock", "/run/cri-dockerd.sock",
+}
+
+// dialSocket says why nobody answers at a socket.
+func dialSocket(ctx context.Context, socket string) error {
+	ctx, cancel := context.WithTimeout(ctx, time.Second)
+	defer cancel()
+	conn, err := (&net.Dialer{}).DialContext(ctx, "unix", strings.TrimPrefix(socket, "unix://"))
+	if err != nil {
+		return err
+	}
+	return conn.Close()
+}
+
+// afterDialing says what to do about err, with which the CRI socket could not be dialled, if anything; others are sockets that are there.
+func afterDialing(socket string, err error, others []string) string {
+	others = slices.DeleteFunc(others, func(other string) bool { return other == strings.TrimPrefix(socket, "unix://") })
+	elsewhere := "name the socket of the container runtime by --cri-socket, or start the runtime"
+	if len(others) > 0 {
+		elsewhere = "name the socket of the container runtime by --cri-socket: this host has " + strings.Join(others, " and ")
+	}
+	switch {
+	case errors.Is(err, fs.ErrPermission):
+		return "run it as root: " + socket + " belongs to root"
+	case errors.Is(err, fs.ErrNotExist):
+		return "there is no " + socket + "; " + elsewhere
+	case errors.Is(err, syscall.ECONNREFUSED):
+		return "no container runtime listens at " + socket + "; start it, or " + elsewhere
+	default:
+		return ""
+	}
+}
+
+// defaultCRISocket is that of containerd, unless the environment says otherwise: in the agent's pod it does, so that a command
+// that is run there asks the right one.
+func defaultCRISocket() string {
+	if socket := os.Getenv("CRI_SOCKET"); socket != "" {
+		return socket
+	}
+	return "/run/containerd/containerd.sock"
+}
+
+// nodeName is the name that a node mostly has (kubelet: pkg/util/node.GetHostname).
+func nodeName() string {
+	if name := os.Getenv("NODE_NAME"); name != "" {
+		return name
+	}
+	name, _ := os.Hostname()
+	return strings.ToLower(strings.TrimSpace(name))
+}
+
+// inspectQuestion is what a person wants to know, read.
+type inspectQuestion struct {
+	pod sandbox.Pod // by name or by UID
+	ip  netip.Addr
+}
+
+// validate reads the question; given says whether a flag was, if only with an empty value.
+func (o inspectOptions) validate(given func(flag string) bool) (inspectQuestion, error) {
+	var q inspectQuestion
+	if o.output != "text" && o.output != "json" {
+		return q, fmt.Errorf("--output %q is neither text nor json", o.output)
+	}
+	if err := checkCRISocket(o.criSocket); err != nil {
+		return q, err
+	}
+	if o.timeout <= 0 || o.timeout > maxTimeout {
+		return q, fmt.Errorf("--timeout %s is not above 0 and up to %s", o.timeout, maxTimeout)
+	}
+	asked := 0
+	for _, question := range []struct{ flag, value string }{{"pod", o.pod}, {"uid", o.uid}, {"ip", o.ip}} {
+		if !given(question.flag) {
+			continue
+		}
+		if asked++; question.value == "" {
+			return q, fmt.Errorf("--%s is empty", question.flag)
+		}
+	}
+	if o.all {
+		asked++
+	}
+	switch {
+	case asked != 1:
+		return q, errors.New("name one of --pod, --uid, --ip and --all, and what to look for")
+	case o.pod != "":
+		var found bool
+		q.pod.Namespace, q.pod.Name, found = strings.Cut(o.pod, "/")
+		if !found || q.pod.Namespace == "" || q.pod.Name == "" || strings.Contains(q.pod.Name, "/") {
+			return q, fmt.Errorf("--pod %q is not NAMESPACE/NAME%s", o.pod, meant(o.pod, "--pod"))
+		}
+	case o.uid != "":
+		q.pod.UID = o.uid
+		// One that is cut off would be found nowhere, and nothing would seem to be left.
+		if !fullUID(o.uid) {
+			return q, fmt.Errorf("--uid %q is not the UID of a pod, in full: `kubectl get pod -o yaml` and the guard's messages have it%s", o.uid, meant(o.uid, "--uid"))
+		}
+	case o.ip != "":
+		return q, q.setAddress(o.ip)
+	}
+	return q, nil
+}
+
+func (q *inspectQuestion) setAddress(text string) error {
+	ip, err := netip.ParseAddr(text)
+	switch {
+	case err != nil:
+		return fmt.Errorf("--ip %q is not an address%s", text, meant(text, "--ip"))
+	case ip.Zone() != "":
+		return fmt.Errorf("--ip %q has a zone: addresses are looked for on all interfaces, so name it without %q", text, "%"+ip.Zone())
+	case ip.Unmap().IsLoopback(), ip.Unmap().IsLinkLocalUnicast(), ip.IsUnspecified(), ip.IsMulticast():
+		return fmt.Errorf("--ip %s is no address that one pod alone can have (loopback, link-local, multicast, unspecified), so it is not looked for", text)
+	}
+	q.ip = ip.Unmap()
+	return nil
+}
+
+func fullUID(text string) bool {
+	uid, ok := podOfCgroup("pod" + text)
+	return ok && uid == text
+}
+
+// meant is a question about the flag that a value looks made for, if that is not the one it was given to.
+func meant(value, given string) string {
+	address, notAddress := netip.ParseAddr(value)
+	network, notNetwork := netip.ParsePrefix(value)
+	namespace, name, cut := strings.Cut(value, "/")
+	flag := ""
+	switch {
+	case notNetwork == nil:
+		return fmt.Sprintf("; did you mean --ip %s?", network.Addr())
+	case notAddress == nil:
+		flag, value = "--ip", address.String()
+	case fullUID(value):
+		flag = "--uid"
+	case cut && namespace != "" && name != "" && !strings.Contains(name, "/"):
+		flag = "--pod"
+	}
+	if flag == "" || flag == given {
+		return ""
+	}
+	return fmt.Sprintf("; did you mean %s %s?", flag, value)
+}
+
+// answer is what `eni-guard inspect` found; with -o json it is what is printed.
+type answer struct {
+	Node    string          `json:"node"`
+	Verdict sandbox.Verdict `json:"verdict"`
+	// Reports answer --pod and --uid.
+	Reports []sandbox.Report `json:"reports,omitempty"`
+	// Pods are those of Reports, by UID.
+	Pods map[string]sandbox.Pod `json:"pods,omitempty"`
+	// Holders answer --ip.
+	IP      netip.Addr `json:"ip,omitzero"`
+	Holders []Trace    `json:"holders,omitempty"`
+	Routes  []string   `json:"routes,omitempty"`
+	// Leftovers and Shared answer --all.
+	All       bool            `json:"all,omitempty"`
+	Leftovers []Trace         `json:"leftovers,omitempty"`
+	Shared    []SharedAddress `json:"sharedAddresses,omitempty"`
+	// ComparedBy says by which kubeconfig, or account, the API server was asked for the pods of the node, and NotCompared why leftovers were not
+	// compared with them.
+	ComparedBy  string `json:"comparedBy,omitempty"`
+	NotCompared string `json:"notCompared,omitempty"`
+	// Failures say what could not be looked at, and NextStep what may help.
+	Failures []string `json:"failures,omitempty"`
+	NextStep string   `json:"nextStep,omitempty"`
+}
+
+func (o inspectOptions) run(ctx context.Context, out io.Writer, q inspectQuestion) error {
+	runtime, err := NewRuntime(o.criSocket)
+	if err != nil {
+		return exitstatus.With(exitstatus.Usage, fmt.Errorf("--cri-socket: %w", err))
+	}
+	defer runtime.Close()
+	inspector := NewInspector(o.node, realNode, runtime)
+	var a answer
+	switch {
+	case q.ip.IsValid():
+		a = inspector.holdersOf(ctx, q.ip)
+	case o.all:
+		a = inspector.everything(ctx, o.known)
+	case q.pod.UID != "":
+		a = inspector.reports(ctx, []sandbox.Pod{q.pod})
+	default:
+		a = inspector.byName(ctx, q.pod)
+	}
+	a.Node = o.node
+	if len(a.Failures) > 0 {
+		a.NextStep = afterDialing(o.criSocket, dialSocket(ctx, o.criSocket), existing(likelyCRISockets))
+	}
+	if err := a.print(out, o.output); err != nil {
+		return err
+	}
+	switch a.Verdict {
+	case sandbox.Released:
+		return nil
+	case sandbox.Bound:
+		return exitstatus.Error(exitBound)
+	default:
+		return exitstatus.Error(exitUnknown)
+	}
+}
+
+// known asks the API server for the pods of the node, and says by which way.
+func (o inspectOptions) known(ctx context.Context) (map[string]bool, string, error) {
+	config, from, err := apiConfig(o.kubeconfig)
+	if err != nil {
+		return nil, from, err
+	}
+	pods, err := newNodePods(config, o.node)
+	if err != nil {
+		return nil, from, err
+	}
+	known, err := pods.live(ctx)
+	if err == nil && len(known) == 0 {
+		err = pods.nodeExists(ctx)
+	}
+	return known, from, err
+}
+
+// reports answers for pods by UID.
+func (i *Inspector) reports(ctx context.Context, pods []sandbox.Pod) answer {
+	a := answer{Verdict: sandbox.Released, Pods: map[string]sandbox.Pod{}}
+	for _, pod := range pods {
+		report := i.look(ctx, sandbox.Query{Node: i.node, UID: pod.UID}, thorough)
+		a.Reports = append(a.Reports, report)
+		a.Pods[pod.UID] = pod
+		a.Verdict = worse(a.Verdict, report.Verdict())
+		for _, failure := range report.Failures() {
+			if !slices.Contains(a.Failures, failure) {
+				a.Failures = append(a.Failures, failure)
+			}
+		}
+	}
+	if a.Verdict != sandbox.Released {
+		return a
+	}
+	// Without its record and its processes nothing leads from a pod to its namespace, unless somebody knows the address.
+	for _, t := range i.surveyInTime(ctx).traces() {
+		if t.Pod.UID == "" && t.madeByARuntime {
+			a.Verdict = sandbox.Unknown
+			a.Failures = append(a.Failures, fmt.Sprintf("%s is nobody's, and may be what is left of the pod: ask with --ip and its address, or look at --all", t.Findings[0].Netns))
+			break
+		}
+	}
+	return a
+}
+
+// surveyInTime looks at the whole node, and leaves half of the time: a runtime that hangs must not keep what was found from being
+// described.
+func (i *Inspector) surveyInTime(ctx context.Context) survey {
+	first, cancel := part(ctx, 1, 2)
+	defer cancel()
+	return i.survey(first)
+}
+
+// worse is the verdict about two things together.
+func worse(a, b sandbox.Verdict) sandbox.Verdict {
+	switch {
+	case a == sandbox.Bound || b == sandbox.Bound:
+		return sandbox.Bound
+	case a == sandbox.Released && b == sandbox.Released:
+		return sandbox.Released
+	default:
+		return sandbox.Unknown
+	}
+}
+
+// byName answers for all pods of a name that the runtime knows. Where it knows none, that says nothing: what has lost its record
+// cannot be found by name.
+func (i *Inspector) byName(ctx context.Context, name sandbox.Pod) answer {
+	records, err := i.runtime.all(ctx)
+	var pods []sandbox.Pod
+	for _, s := range records.sandboxes {
+		if s.pod.Namespace == name.Namespace && s.pod.Name == name.Name && !slices.Contains(pods, s.pod) {
+			pods = append(pods, s.pod)
+		}
+	}
+	a := i.reports(ctx, pods)
+	if err != nil {
+		a.Failures = append(a.Failures, "the runtime's sandboxes could not be listed, so there may be other pods of this name: "+err.Error())
+		a.Verdict = worse(a.Verdict, sandbox.Unknown)
+	}
+	if len(pods) == 0 && err == nil {
+		a.Failures = append(a.Failures, fmt.Sprintf("the runtime has no sandbox of a pod %s/%s; what has lost its record is found by --uid, --ip or --all", name.Namespace, name.Name))
+		a.Verdict = sandbox.Unknown
+	}
+	return a
+}
+
+// holdersOf answers who has an address.
+func (i *Inspector) holdersOf(ctx context.Context, ip netip.Addr) answer {
+	s := i.surveyInTime(ctx)
+	a := answer{IP: ip, Verdict: sandbox.Released, Failures: s.failures()}
+	for _, t := range s.traces() {
+		if slices.Contains(t.addresses, ip) {
+			a.Verdict = sandbox.Bound
+			a.Holders = append(a.Holders, i.told(ctx, s, t, &a))
+		}
+	}
+	addresses, err := net.InterfaceAddrs()
+	if err != nil {
+		a.Failures = append(a.Failures, "the host's own addresses could not be listed: "+err.Error())
+	}
+	if slices.ContainsFunc(addresses, func(a net.Addr) bool { return strings.HasPrefix(a.String(), ip.String()+"/") }) {
+		a.Verdict = sandbox.Bound
+		a.Holders = append(a.Holders, Trace{Findings: []sandbox.Finding{{Kind: sandbox.IPAssigned, IP: ip, Interface: "an interface", Netns: s.view.host + ", the host's own"}}})
+	}
+	paths, err := run(ctx, i.slots[sandbox.ProbeNetns], func() (hostPaths, error) { return i.host.paths([]netip.Addr{ip}) })
+	if err != nil {
+		a.Failures = append(a.Failures, err.Error())
+	}
+	for _, r := range paths.routes {
+		a.Routes = append(a.Routes, r.String())
+		// Who could not look into every namespace does not know that none has the address.
+		if r.peer && len(a.Holders) == 0 && len(a.Failures) == 0 {
+			a.Verdict = sandbox.Bound
+			a.Holders = append(a.Holders, Trace{Findings: []sandbox.Finding{{Kind: sandbox.PeerOpen, IP: ip, Interface: r.device}}})
+		}
+	}
+	a.Routes = append(a.Routes, paths.rules...)
+	if a.Verdict == sandbox.Released && len(a.Failures) > 0 {
+		a.Verdict = sandbox.Unknown
+	}
+	return a
+}
+
+// confirmAfter is the pause between the two looks that a leftover must be seen in: what is being made or taken down is not.
+const confirmAfter = time.Second
+
+// everything answers what is left on the node of pods that are gone, and which addresses are there twice.
+func (i *Inspector) everything(ctx context.Context, pods func(context.Context) (known map[string]bool, from string, err error)) answer {
+	a := answer{All: true}
+	look := func() (survey, []Trace, []SharedAddress) {
+		s := i.surveyInTime(ctx)
+		traces := s.traces()
+		known, from, err := pods(ctx)
+		a.ComparedBy, a.NotCompared = from, text(err)
+		if err != nil {
+			return s, leftovers(traces, s.runtimeAnswered(), nil), sharedAddresses(traces)
+		}
+		return s, leftovers(traces, s.runtimeAnswered(), func(uid string) bool { return known[uid] }), sharedAddresses(traces)
+	}
+	s, found, shared := look()
+	changed := ""
+	if len(found)+len(shared) > 0 {
+		select {
+		case <-time.After(confirmAfter):
+		case <-ctx.Done():
+		}
+		var again []Trace
+		before, sharedBefore := found, shared
+		s, again, shared = look()
+		found = slices.DeleteFunc(slices.Clone(again), func(t Trace) bool { return !slices.ContainsFunc(before, t.same) })
+		if len(found) < len(again) {
+			changed = "what is left changed between two looks, a second apart: ask again"
+		}
+		shared = slices.DeleteFunc(shared, func(s SharedAddress) bool {
+			return !slices.ContainsFunc(sharedBefore, func(b SharedAddress) bool { return b.IP == s.IP })
+		})
+	}
+	a.Failures = s.failures()
+	if changed != "" {
+		a.Failures = append(a.Failures, changed)
+	}
+	for _, t := range found {
+		a.Leftovers = append(a.Leftovers, i.told(ctx, s, t, &a))
+	}
+	for _, address := range shared {
+		for n, t := range address.Holders {
+			address.Holders[n] = i.told(ctx, s, t, &a)
+		}
+		a.Shared = append(a.Shared, address)
+	}
+	switch {
+	case len(a.Leftovers)+len(a.Shared) > 0:
+		a.Verdict = sandbox.Bound
+	case len(a.Failures) > 0 || a.NotCompared != "":
+		a.Verdict = sandbox.Unknown
+	default:
+		a.Verdict = sandbox.Released
+	}
+	return a
+}
+
+// same says whether another trace is of the same thing.
+func (t Trace) same(other Trace) bool { return t.key == other.key }
+
+// told is a trace as it is printed; what could not be read of it is a failure of the answer.
+func (i *Inspector) told(ctx context.Context, s survey, t Trace, a *answer) Trace {
+	described, err := i.described(ctx, s, t)
+	if err != nil {
+		a.Failures = append(a.Failures, err.Error())
+	}
+	return described
+}
+
+// print writes the answer for people or for programs.
+func (a answer) print(out io.Writer, format string) error {
+	if format == "json" {
+		encoder := json.NewEncoder(out)
+		encoder.SetIndent("", "  ")
+		return encoder.Encode(a)
+	}
+	_, err := io.WriteString(out, a.text(time.Now()))
+	return err
+}

@@ -1,0 +1,305 @@
+package agent
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"flag"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"k8s.io/client-go/tools/clientcmd"
+	clientcmdapi "k8s.io/client-go/tools/clientcmd/api"
+
+	"github.com/eni-guard/eni-guard/internal/exitstatus"
+	"github.com/eni-guard/eni-guard/internal/sandbox"
+)
+
+var update = flag.Bool("update", false, "write the golden files anew")
+
+// What people read, word by word.
+func TestInspectInPlainWords(t *testing.T) {
+	now := time.Date(2026, 11, 24, 22, 0, 0, 0, time.UTC)
+	stuck := sandbox.Finding{Kind: sandbox.ProcessAlive, Netns: "/run/netns/cni-1", Process: &sandbox.Process{
+		PID: 4242, Command: "dd", State: "D", WaitChannel: "request_wait_answer", Stack: []string{"request_wait_answer", "fuse_simple_request", "fuse_file_read_iter"},
+		Started: now.Add(-time.Hour),
+	}}
+	assigned := sandbox.Finding{Kind: sandbox.IPAssigned, Netns: "/run/netns/cni-1", IP: podAddress, Interface: "eth0"}
+	open := sandbox.Finding{Kind: sandbox.NetnsOpen, Netns: "/run/netns/cni-1"}
+	pod := sandbox.Pod{Namespace: "shop", Name: "web-0", UID: podUID}
+	record := sandbox.Sandbox{ID: "0123456789abcdef", Ready: true, PID: 4200, Netns: "/run/netns/cni-1", IPs: []netip.Addr{podAddress}, Cgroup: "/kubepods/pod" + podUID + "/0123"}
+	left := Trace{Pod: pod, Leftover: leftoverOfGonePod, Findings: []sandbox.Finding{stuck, assigned, open}}
+	holder := left
+	holder.Leftover = "" // who has an address is not compared with the API server's pods
+	next := Trace{
+		Pod:       sandbox.Pod{Namespace: "shop", Name: "web-0", UID: otherUID},
+		Findings:  []sandbox.Finding{{Kind: sandbox.SandboxReady, Sandbox: "fedcba"}, {Kind: sandbox.IPAssigned, Netns: "/run/netns/cni-2", IP: podAddress, Interface: "eth0"}},
+		Sandboxes: []sandbox.Sandbox{{ID: "fedcba", Ready: true, Netns: "/run/netns/cni-2", IPs: []netip.Addr{podAddress}}},
+	}
+	for name, a := range map[string]answer{
+		"pod-bound": {
+			Node: "node-1", Pods: map[string]sandbox.Pod{podUID: pod},
+			Reports: []sandbox.Report{{
+				UID: podUID, Findings: []sandbox.Finding{stuck, {Kind: sandbox.SandboxReady, Sandbox: record.ID}, assigned, open}, Sandboxes: []sandbox.Sandbox{record},
+				Conflicts: []sandbox.Conflict{{IP: podAddress, Netns: "/run/netns/cni-2", Pod: next.Pod}},
+				Routes:    []string{"route to 10.0.0.5 via cali1 in table 254"},
+			}},
+		},
+		"pod-unknown": {
+			Node: "node-1", Pods: map[string]sandbox.Pod{podUID: {UID: podUID}}, Reports: []sandbox.Report{{UID: podUID}},
+			Failures: []string{`the probe "runtime" did not run: connection refused`},
+		},
+		"address-free":     {Node: "node-1", Verdict: sandbox.Released, IP: podAddress},
+		"address-in-use":   {Node: "node-1", Verdict: sandbox.Bound, IP: podAddress, Holders: []Trace{holder}, Routes: []string{"rule 512 to 10.0.0.5"}},
+		"address-conflict": {Node: "node-1", Verdict: sandbox.Bound, IP: podAddress, Holders: []Trace{holder, next}},
+		"all":              {Node: "node-1", All: true, Leftovers: []Trace{left}, Shared: []SharedAddress{{podAddress, []Trace{left, next}}}},
+		"all-nothing":      {Node: "node-1", All: true, ComparedBy: "kubeconfig /etc/kubernetes/kubelet.conf"},
+		"all-not-compared": {
+			Node: "node-1", Verdict: sandbox.Unknown, All: true, ComparedBy: "kubeconfig /etc/kubernetes/kubelet.conf", NotCompared: "connection refused",
+			Failures: []string{`the probe "runtime" did not run: connection refused`}, NextStep: "there is no /run/x.sock; name the socket",
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			got := a.text(now)
+			file := filepath.Join("testdata", "inspect", name+".txt")
+			if *update {
+				if err := os.WriteFile(file, []byte(got), 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+			want, err := os.ReadFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got != string(want) {
+				t.Errorf("got:\n%s\nwant:\n%s(go test ./internal/agent -run InspectInPlainWords -update writes it)", got, want)
+			}
+		})
+	}
+}
+
+func TestInspectNamesWhatIsWrong(t *testing.T) {
+	for args, want := range map[string]string{
+		"":                      "name one of --pod, --uid, --ip and --all",
+		"--pod=":                "--pod is empty",
+		"--uid=":                "--uid is empty",
+		"--ip=":                 "--ip is empty",
+		"--all --ip=":           "--ip is empty",
+		"--all --ip=10.0.0.1":   "name one of --pod, --uid, --ip and --all",
+		"--pod=web-0":           `--pod "web-0" is not NAMESPACE/NAME`,
+		"--pod=a/b/c":           `--pod "a/b/c" is not NAMESPACE/NAME`,
+		"--uid=../x":            `--uid "../x" is not the UID of a pod, in full`,
+		"--uid=8c3f5a52":        `--uid "8c3f5a52" is not the UID of a pod, in full`,
+		"--uid=web-0":           `--uid "web-0" is not the UID of a pod, in full`,
+		"--all --cri-socket=x":  `--cri-socket "x" is not the absolute path of a socket`,
+		"--all --cri-socket=":   `--cri-socket "" is not the absolute path of a socket`,
+		"--ip=10.0.0.256":       `--ip "10.0.0.256" is not an address`,
+		"--ip=fd00::5/64":       `--ip "fd00::5/64" is not an address; did you mean --ip fd00::5?`,
+		"--ip=shop/web-0":       `--ip "shop/web-0" is not an address; did you mean --pod shop/web-0?`,
+		"--ip=" + podUID:        `is not an address; did you mean --uid ` + podUID + `?`,
+		"--ip=fe80::1%eth0":     `--ip "fe80::1%eth0" has a zone: addresses are looked for on all interfaces, so name it without "%eth0"`,
+		"--ip=fd00::5%eth0":     `has a zone`,
+		"--ip=fe80::1":          "--ip fe80::1 is no address that one pod alone can have",
+		"--ip=127.0.0.1":        "--ip 127.0.0.1 is no address that one pod alone can have",
+		"--ip=::ffff:127.0.0.1": "is no address that one pod alone can have",
+		"--ip=0.0.0.0":          "is no address that one pod alone can have",
+		"--pod=10.0.0.5":        `--pod "10.0.0.5" is not NAMESPACE/NAME; did you mean --ip 10.0.0.5?`,
+		"--pod=" + podUID:       `is not NAMESPACE/NAME; did you mean --uid ` + podUID + `?`,
+		"--uid=10.0.0.5":        `did you mean --ip 10.0.0.5?`,
+		"--uid=shop/web-0":      `did you mean --pod shop/web-0?`,
+		"10.0.0.5":              `"10.0.0.5" is no flag; did you mean --ip 10.0.0.5?`,
+		"--all -o yaml":         `--output "yaml" is neither text nor json`,
+		"--all --timeout=0s":    "--timeout 0s is not above 0",
+		"--all --timeout=1h":    "--timeout 1h0m0s is not above 0 and up to 30s",
+		"--all --no-such-flag":  "unknown flag: --no-such-flag",
+		"--all web-0":           `"web-0" is no flag`,
+	} {
+		t.Run(args, func(t *testing.T) {
+			cmd := NewInspectCommand()
+			cmd.SetArgs(strings.Fields(args))
+			cmd.SilenceErrors, cmd.SilenceUsage = true, true
+			err := cmd.ExecuteContext(t.Context())
+			if err == nil || !strings.Contains(err.Error(), want) {
+				t.Errorf("got %v, want %q", err, want)
+			}
+			if status, told := errors.AsType[exitstatus.Error](err); !told || status != exitstatus.Usage {
+				t.Errorf("exit status %d", status)
+			}
+		})
+	}
+}
+
+// What is not known is never called free.
+func TestInspectWithoutARuntime(t *testing.T) {
+	for args, want := range map[string]string{
+		"--uid=" + podUID:                "pod with UID " + podUID + " on node node-a: unknown",
+		"--pod=shop/web-0":               "there may be other pods of this name",
+		"--ip=10.113.99.99":              "address 10.113.99.99 on node node-a: unknown",
+		"--all -o json":                  `"verdict": "unknown"`,
+		"--uid=" + otherUID + " -o json": `"verdict": "unknown"`,
+	} {
+		t.Run(args, func(t *testing.T) {
+			cmd := NewInspectCommand()
+			cmd.SetArgs(append(strings.Fields(args), "--cri-socket="+filepath.Join(t.TempDir(), "none"), "--node-name=node-a", "--kubeconfig=/does/not/exist"))
+			cmd.SilenceErrors, cmd.SilenceUsage = true, true
+			var out bytes.Buffer
+			cmd.SetOut(&out)
+			err := cmd.ExecuteContext(t.Context())
+			if status, told := errors.AsType[exitstatus.Error](err); !told || status != exitUnknown {
+				t.Errorf("got %v", err)
+			}
+			if !strings.Contains(out.String(), want) || !strings.Contains(out.String(), `runtime`) || !strings.Contains(out.String(), "--cri-socket") {
+				t.Errorf("printed %s, want %q", out.String(), want)
+			}
+		})
+	}
+}
+
+// A name leads to what the runtime knows by it, of every UID; where it knows none, nothing follows.
+func TestInspectByName(t *testing.T) {
+	web := sandbox.Pod{Namespace: "shop", Name: "web-0", UID: podUID}
+	before := sandbox.Pod{Namespace: "shop", Name: "web-0", UID: otherUID}
+	i := newInspector("node-a", lookable(t).Host, fakeRuntime(func(_ context.Context, uid string) (podRecords, error) {
+		all := []podSandbox{{id: "s1", pod: web, ready: true}, {id: "s2", pod: before}, {id: "s3", pod: sandbox.Pod{Namespace: "shop", Name: "db-0", UID: "x"}, ready: true}}
+		var of []podSandbox
+		for _, s := range all {
+			if uid == "" || s.pod.UID == uid {
+				of = append(of, s)
+			}
+		}
+		return podRecords{sandboxes: of}, nil
+	}))
+	a := i.byName(t.Context(), sandbox.Pod{Namespace: "shop", Name: "web-0"})
+	if a.Verdict != sandbox.Bound || len(a.Reports) != 2 || a.Reports[0].Verdict() != sandbox.Bound || a.Reports[1].Verdict() != sandbox.Released {
+		t.Errorf("got %+v", a)
+	}
+	a = i.byName(t.Context(), sandbox.Pod{Namespace: "shop", Name: "web-1"})
+	if a.Verdict != sandbox.Unknown || len(a.Failures) != 1 {
+		t.Errorf("of an unknown name: got %+v", a)
+	}
+}
+
+// Everything that is left: what the two looks of it have in common, and compared with what the API server has, if that can be asked.
+func TestEverything(t *testing.T) {
+	web := podSandbox{id: "s1", ready: true, pod: sandbox.Pod{Namespace: "shop", Name: "web-0", UID: podUID}, details: details{netnsPath: "/run/netns/closed"}}
+	next := web
+	next.pod.UID = otherUID
+	has := func(uids ...string) func(context.Context) (map[string]bool, string, error) {
+		return func(context.Context) (map[string]bool, string, error) {
+			known := map[string]bool{}
+			for _, uid := range uids {
+				known[uid] = true
+			}
+			return known, "kubeconfig x", nil
+		}
+	}
+	for _, test := range []struct {
+		name      string
+		looks     [][]podSandbox // what the runtime has at one look after the other
+		pods      func(context.Context) (map[string]bool, string, error)
+		leftovers int
+		compared  bool
+		verdict   sandbox.Verdict
+	}{
+		{"nothing is there", [][]podSandbox{nil}, has(), 0, true, sandbox.Released},
+		{"a pod that the API server has", [][]podSandbox{{web}}, has(podUID), 0, true, sandbox.Released},
+		{"one that it does not have", [][]podSandbox{{web}, {web}}, has(), 1, true, sandbox.Bound},
+		{"one that has gone a second later", [][]podSandbox{{web}, nil}, has(), 0, true, sandbox.Released},
+		{"another one a second later", [][]podSandbox{{web}, {next}}, has(), 0, true, sandbox.Unknown},
+		{"the API server cannot be asked", [][]podSandbox{{web}}, func(context.Context) (map[string]bool, string, error) {
+			return nil, "", errors.New("connection refused")
+		}, 0, false, sandbox.Unknown},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var at []time.Time
+				i := newInspector("node-a", lookable(t).Host, fakeRuntime(func(context.Context, string) (podRecords, error) {
+					at = append(at, time.Now())
+					if len(at) > len(test.looks) {
+						return podRecords{}, errors.New("nobody should look again")
+					}
+					return podRecords{sandboxes: test.looks[len(at)-1]}, nil
+				}))
+				a := i.everything(t.Context(), test.pods)
+				if a.Verdict != test.verdict || len(a.Leftovers) != test.leftovers || (a.NotCompared == "") != test.compared || (a.ComparedBy != "") != test.compared || len(a.Failures) > 0 != (test.verdict == sandbox.Unknown && test.compared) {
+					t.Errorf("got %+v", a)
+				}
+				if len(at) != len(test.looks) || len(at) == 2 && at[1].Sub(at[0]) < confirmAfter {
+					t.Errorf("looks at %v", at)
+				}
+			})
+		})
+	}
+}
+
+// What client-go says of it nobody can act on.
+func TestInspectAllWithoutAKubeconfig(t *testing.T) {
+	t.Setenv("KUBECONFIG", "")
+	t.Setenv("HOME", t.TempDir())
+	empty := filepath.Join(t.TempDir(), "empty")
+	if err := os.WriteFile(empty, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, test := range []struct{ kubeconfig, env, want string }{
+		{"", "", "there is no kubeconfig: name one by --kubeconfig, such as /"},
+		{"/does/not/exist", "", "--kubeconfig: stat /does/not/exist: no such file"},
+		{empty, "", "kubeconfig " + empty + ": it names no API server"},
+		{"", empty, "kubeconfig " + empty + ": it names no API server"},
+	} {
+		t.Setenv("KUBECONFIG", test.env)
+		config, from, err := apiConfig(test.kubeconfig)
+		if err == nil || from != "" || !strings.HasPrefix(err.Error(), test.want) || strings.Contains(err.Error(), "KUBERNETES_MASTER") {
+			t.Errorf("%q: got %v, %v, want %q", test.kubeconfig, config, err, test.want)
+		}
+	}
+	named := filepath.Join(t.TempDir(), "kubelet.conf")
+	if err := clientcmd.WriteToFile(clientcmdapi.Config{
+		Clusters: map[string]*clientcmdapi.Cluster{"c": {Server: "https://10.0.0.1:6443"}},
+		Contexts: map[string]*clientcmdapi.Context{"c": {Cluster: "c"}}, CurrentContext: "c",
+	}, named); err != nil {
+		t.Fatal(err)
+	}
+	if config, from, err := apiConfig(named); err != nil || config.Host != "https://10.0.0.1:6443" || from != "kubeconfig "+named {
+		t.Errorf("got %v from %q (%v)", config, from, err)
+	}
+}
+
+// Where the runtime cannot be asked, the answer says what to do about it.
+func TestTheNextStepWithoutARuntime(t *testing.T) {
+	nobody := filepath.Join(t.TempDir(), "refused.sock")
+	listener, err := net.Listen("unix", nobody)
+	if err != nil {
+		t.Fatal(err)
+	}
+	listener.(*net.UnixListener).SetUnlinkOnClose(false)
+	if err := dialSocket(t.Context(), "unix://"+nobody); err != nil {
+		t.Errorf("somebody listens: %v", err)
+	}
+	if err := listener.Close(); err != nil {
+		t.Fatal(err)
+	}
+	for _, test := range []struct {
+		socket string
+		err    error
+		others []string
+		want   string
+	}{
+		{"/run/x.sock", dialSocket(t.Context(), "/run/x.sock"), nil, "there is no /run/x.sock; name the socket of the container runtime by --cri-socket, or start the runtime"},
+		{"/run/x.sock", dialSocket(t.Context(), "/run/x.sock"), []string{"/run/crio/crio.sock"}, "there is no /run/x.sock; name the socket of the container runtime by --cri-socket: this host has /run/crio/crio.sock"},
+		{nobody, dialSocket(t.Context(), nobody), []string{nobody, "/run/crio/crio.sock"}, "no container runtime listens at " + nobody + "; start it, or name the socket of the container runtime by --cri-socket: this host has /run/crio/crio.sock"},
+		{"/run/x.sock", &net.OpError{Op: "dial", Err: os.NewSyscallError("connect", unix.EACCES)}, nil, "run it as root: /run/x.sock belongs to root"},
+		{"/run/x.sock", context.DeadlineExceeded, nil, ""},
+		{"/run/x.sock", nil, nil, ""},
+	} {
+		if got := afterDialing(test.socket, test.err, test.others); got != test.want {
+			t.Errorf("%v: got %q, want %q", test.err, got, test.want)
+		}
+	}
+}

@@ -1,0 +1,201 @@
+package agent
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+
+	"github.com/eni-guard/eni-guard/internal/sandbox"
+)
+
+// runtimesNamespace makes a network namespace with a name as runtimes give them, and returns its path.
+func runtimesNamespace(t *testing.T) string {
+	t.Helper()
+	name := "cni-00000000-0000-0000-0000-" + fmt.Sprintf("%012d", os.Getpid())
+	namedNamespace(t, name)
+	return filepath.Join(netnsDir, name)
+}
+
+// lateRuntime has more for the second question than for the first.
+type lateRuntime struct{ first, second podRecords }
+
+func (r lateRuntime) pod(context.Context, string) (podRecords, error) { return r.first, nil }
+func (r lateRuntime) all(context.Context) (podRecords, error)         { return r.second, nil }
+func (lateRuntime) events(context.Context) <-chan struct{}            { return nil }
+
+// A sandbox that is recorded while the agent looks is the pod's own, not somebody else's who has its address.
+func TestASandboxThatIsRecordedMeanwhile(t *testing.T) {
+	path := runtimesNamespace(t)
+	for _, ips := range [][]netip.Addr{nil, {testAddress}} {
+		h := lookable(t, path)
+		h.group("kubepods/pod" + podUID)
+		query := podQuery
+		query.IPs = ips
+		second := podRecords{
+			sandboxes:  []podSandbox{{id: "s1", ready: true, pod: sandbox.Pod{Namespace: "shop", Name: "web-0", UID: podUID}, details: details{netnsPath: path}}},
+			containers: []podContainer{{id: "c1", sandboxID: "s1", name: "app"}, {id: "c2", sandboxID: "s2", name: "other"}},
+		}
+		report := newInspector("node-a", h.Host, lateRuntime{second: second}).Inspect(t.Context(), query)
+		kinds := map[sandbox.Kind]int{}
+		for _, f := range report.Findings {
+			kinds[f.Kind]++
+		}
+		if kinds[sandbox.SandboxReady] != 1 || kinds[sandbox.ContainerRunning] != 1 || kinds[sandbox.NetnsOpen] != 1 || len(report.Conflicts) > 0 {
+			t.Errorf("with %v: %s, findings %v, conflicts %v", ips, report.Verdict(), report.Findings, report.Conflicts)
+		}
+	}
+}
+
+// A leftover of which less is left, because its record was removed, is the same one: condition and taint must not go in between.
+func TestALeftoverWhoseRecordIsRemoved(t *testing.T) {
+	path := runtimesNamespace(t)
+	s := newRecordedSweeper()
+	left := []podSandbox{{id: "s1", ready: true, pod: sandbox.Pod{Namespace: "shop", Name: "web-0", UID: podUID}, details: details{netnsPath: path}}}
+	h := lookable(t, path)
+	h.group("kubepods/pod" + otherUID)
+	s.inspector = newInspector("node-a", h.Host, fakeRuntime(func(context.Context, string) (podRecords, error) { return podRecords{sandboxes: left}, nil }))
+	s.pods = &podsOfTheAPIServer{}
+	for _, step := range []struct {
+		after  time.Duration
+		change func()
+		status corev1.ConditionStatus
+	}{
+		{0, nil, corev1.ConditionFalse},
+		{61 * time.Second, nil, corev1.ConditionTrue},
+		{90 * time.Second, func() { left = nil }, corev1.ConditionTrue},
+		{150 * time.Second, nil, corev1.ConditionTrue},
+	} {
+		if step.change != nil {
+			step.change()
+		}
+		s.now = func() time.Time { return noon.Add(step.after) }
+		s.sweep(t.Context())
+		if len(s.conditions) == 0 {
+			if step.status == corev1.ConditionTrue {
+				t.Errorf("after %s: no condition was written", step.after)
+			}
+			continue
+		}
+		last := s.conditions[len(s.conditions)-1]
+		if last.Status != step.status || step.status == corev1.ConditionTrue && !strings.Contains(last.Message, "shop/web-0") {
+			t.Errorf("after %s: %s %s", step.after, last.Status, last.Message)
+		}
+	}
+}
+
+// A process of a pod that lives may have entered a leftover's namespace to look.
+func TestAnIntruderHidesNoLeftover(t *testing.T) {
+	s := twoPods()
+	s.records.sandboxes = s.records.sandboxes[:1] // the record of otherUID is gone
+	s.view.namespaces[0].tasks = leaders([]int{10})
+	s.view.namespaces[1].tasks = leaders([]int{11, 20, 21})
+	if got := leftovers(s.traces(), true, func(uid string) bool { return uid == podUID }); len(got) != 1 || got[0].Pod.UID != otherUID {
+		t.Errorf("got %+v", got)
+	}
+}
+
+// A namespace that is nobody's may be what is left of the pod that was asked about.
+func TestInspectOfAPodWhoseNamespaceIsNobodys(t *testing.T) {
+	path := runtimesNamespace(t)
+	h := lookable(t, path)
+	h.group("kubepods/pod" + otherUID)
+	a := newInspector("node-a", h.Host, fakeRuntime(knowsNothing)).reports(t.Context(), []sandbox.Pod{{UID: podUID}})
+	if a.Verdict != sandbox.Unknown || len(a.Failures) != 1 || !strings.Contains(a.Failures[0], path+" is nobody's") {
+		t.Errorf("%s: %q", a.Verdict, a.Failures)
+	}
+}
+
+// What the agent before this one has told of stands while it may still be there: a namespace of nobody has no UID to go by.
+func TestWhatTheAgentBeforeHasToldStands(t *testing.T) {
+	path := runtimesNamespace(t)
+	s := newRecordedSweeper()
+	left := []podSandbox{{id: "s1", ready: true, pod: sandbox.Pod{Namespace: "shop", Name: "web-0", UID: podUID}, details: details{netnsPath: "/run/netns/closed"}}}
+	h := lookable(t, path)
+	h.group("kubepods/pod" + otherUID)
+	s.inspector = newInspector("node-a", h.Host, fakeRuntime(func(context.Context, string) (podRecords, error) { return podRecords{sandboxes: left}, nil }))
+	s.pods = &podsOfTheAPIServer{}
+	nobodys := Trace{key: "x", Leftover: leftoverOfNobody, Findings: []sandbox.Finding{{Kind: sandbox.NetnsOpen, Netns: path}}}
+	s.takeOver(leftoverCondition(noon.Add(-time.Hour), []leftover{{trace(podUID), noon.Add(-time.Hour)}, {nobodys, noon.Add(-time.Hour)}}), noon)
+	for _, after := range []time.Duration{0, 30 * time.Second, time.Minute, 6 * time.Minute} {
+		if after == 30*time.Second {
+			left = nil
+		}
+		s.now = func() time.Time { return noon.Add(after) }
+		s.sweep(t.Context())
+		if last := s.conditions[len(s.conditions)-1]; last.Status != corev1.ConditionTrue {
+			t.Errorf("after %s: %s %s", after, last.Status, last.Message)
+		}
+	}
+}
+
+// A look that was not complete forgets no address that is there twice.
+func TestAnIncompleteLookForgetsNoConflict(t *testing.T) {
+	s := newRecordedSweeper()
+	shared := []SharedAddress{{podAddress, []Trace{trace("a"), trace("b")}}}
+	due := []leftover{{trace("a"), noon.Add(-time.Minute)}}
+	s.report(t.Context(), noon, due, shared, nil)
+	s.report(t.Context(), noon.Add(30*time.Second), due, nil, []string{"the probe netns did not run"})
+	if len(s.shared) != 1 {
+		t.Errorf("after an incomplete look %q are shared", s.shared)
+	}
+	s.report(t.Context(), noon.Add(time.Minute), due, nil, nil)
+	if len(s.shared) != 0 {
+		t.Errorf("after a complete look %q are shared", s.shared)
+	}
+}
+
+// A pod that lives may have left the namespace of an earlier sandbox behind: that is a leftover, though the pod is none.
+func TestTheOldNamespaceOfALivingPod(t *testing.T) {
+	path := runtimesNamespace(t)
+	s := newRecordedSweeper()
+	pod := sandbox.Pod{Namespace: "shop", Name: "web-0", UID: podUID}
+	there := []podSandbox{{id: "s1", ready: true, pod: pod, details: details{netnsPath: path}}}
+	h := lookable(t, path)
+	h.group("kubepods/pod" + otherUID)
+	s.inspector = newInspector("node-a", h.Host, fakeRuntime(func(context.Context, string) (podRecords, error) { return podRecords{sandboxes: there}, nil }))
+	s.pods = &podsOfTheAPIServer{cached: map[string]bool{podUID: true}, asked: map[string]bool{podUID: true}}
+	for _, after := range []time.Duration{0, 30 * time.Second, 6 * time.Minute} {
+		if after == 30*time.Second {
+			there = []podSandbox{{id: "s2", ready: true, pod: pod, details: details{netnsPath: "/run/netns/closed"}}}
+		}
+		s.now = func() time.Time { return noon.Add(after) }
+		s.sweep(t.Context())
+	}
+	if last := s.conditions[len(s.conditions)-1]; last.Status != corev1.ConditionTrue || !strings.Contains(last.Message, path) {
+		t.Errorf("%s %s", last.Status, last.Message)
+	}
+}
+
+// The Node object may have been made anew, and would have neither condition nor taint.
+func TestAConditionThatIsTrueIsWrittenAgainSoon(t *testing.T) {
+	s := newRecordedSweeper()
+	due := []leftover{{trace("a"), noon.Add(-time.Minute)}}
+	for n, after := range []time.Duration{0, leftoverEvery - time.Second, leftoverEvery} {
+		s.report(t.Context(), noon.Add(after), due, nil, nil)
+		if want := 1 + n/2; len(s.conditions) != want {
+			t.Errorf("after %s: written %d times, not %d", after, len(s.conditions), want)
+		}
+	}
+}
+
+// A runtime that hangs leaves time to read what else was found.
+func TestInspectOfAnAddressWhileTheRuntimeHangs(t *testing.T) {
+	path := runtimesNamespace(t)
+	i := newInspector("node-a", lookable(t, path).Host, fakeRuntime(func(ctx context.Context, _ string) (podRecords, error) {
+		<-ctx.Done()
+		return podRecords{}, ctx.Err()
+	}))
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+	defer cancel()
+	a := i.holdersOf(ctx, testAddress)
+	if ctx.Err() != nil || a.Verdict != sandbox.Bound || len(a.Holders) != 1 {
+		t.Errorf("%s %+v, failures %q (%v)", a.Verdict, a.Holders, a.Failures, ctx.Err())
+	}
+}

@@ -1,0 +1,37 @@
+package agent
+
+import (
+	"errors"
+	"os"
+
+	"github.com/prometheus/procfs"
+	"golang.org/x/sys/unix"
+)
+
+// releaseStart gives back the memory that only the start of the program needed: the pages of its file, code and constants, that
+// the initialisation of all packages has touched, above all the types of the whole Kubernetes API. That is most of what is
+// resident. What is used again comes back from the page cache.
+func releaseStart() error {
+	program, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	self, err := procfs.Self()
+	if err != nil {
+		return err
+	}
+	mappings, err := self.ProcMaps()
+	if err != nil {
+		return err
+	}
+	for _, m := range mappings {
+		// Never what can be written: that would be read from the file again.
+		if m.Pathname != program || m.Perms.Write {
+			continue
+		}
+		if _, _, errno := unix.Syscall(unix.SYS_MADVISE, m.StartAddr, m.EndAddr-m.StartAddr, unix.MADV_DONTNEED); errno != 0 {
+			err = errors.Join(err, errno)
+		}
+	}
+	return err
+}

@@ -1,0 +1,81 @@
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"slices"
+	"testing"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
+
+	"github.com/eni-guard/eni-guard/internal/sandbox"
+)
+
+// A namespace that only an open file keeps has no mount and no process to find it by; the host's end of its device shows that
+// it is there.
+func TestANamespaceThatOnlyAnOpenFileKeeps(t *testing.T) {
+	requireRoot(t)
+	device := fmt.Sprintf("eg%d", os.Getpid())
+	address := netip.MustParseAddr("10.113.7.5")
+	network := netlink.NewIPNet(address.AsSlice())
+	var file netns.NsHandle
+	away(t, func() (err error) {
+		file, err = netns.New()
+		return err
+	})
+	t.Cleanup(func() { _ = file.Close() })
+	pair := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: device}, PeerName: "eth0", PeerNamespace: netlink.NsFd(file)}
+	if err := netlink.LinkAdd(pair); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = netlink.LinkDel(pair) })
+	rule := netlink.NewRule()
+	rule.Priority, rule.Dst, rule.Table = 512, network, unix.RT_TABLE_MAIN
+	if err := errors.Join(
+		netlink.LinkSetUp(pair),
+		netlink.RouteAdd(&netlink.Route{LinkIndex: pair.Attrs().Index, Dst: network, Scope: netlink.SCOPE_LINK, Table: 1003}),
+		netlink.RuleAdd(rule),
+	); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = netlink.RuleDel(rule) })
+
+	found, err := realNode.paths([]netip.Addr{address, netip.MustParseAddr("fd00:113:7::5")})
+	if want := []hostRoute{{ip: address, device: device, table: 1003, peer: true}}; err != nil || !slices.Equal(found.routes, want) {
+		t.Errorf("routes %+v, want %+v (%v)", found.routes, want, err)
+	}
+	if want := []string{"rule 512 to 10.113.7.5"}; !slices.Equal(found.rules, want) {
+		t.Errorf("rules %q, want %q", found.rules, want)
+	}
+	query := podQuery
+	query.IPs = []netip.Addr{address}
+	report := newInspector("node-a", lookable(t).Host, fakeRuntime(knowsNothing)).Inspect(t.Context(), query)
+	if want := (sandbox.Finding{Kind: sandbox.PeerOpen, IP: address, Interface: device}); !slices.ContainsFunc(report.Findings, func(f sandbox.Finding) bool { return f == want }) {
+		t.Errorf("got %v (%v)", report.Findings, report.Failures())
+	}
+	// Asked for the address alone, nothing else says who has it.
+	a := newInspector("node-a", lookable(t).Host, fakeRuntime(knowsNothing)).holdersOf(t.Context(), address)
+	want := []sandbox.Finding{{Kind: sandbox.PeerOpen, IP: address, Interface: device}}
+	if a.Verdict != sandbox.Bound || len(a.Holders) != 1 || !slices.Equal(a.Holders[0].Findings, want) || len(a.Failures) > 0 {
+		t.Errorf("asked who has %s: got %+v", address, a)
+	}
+	if want := []string{found.routes[0].String(), "rule 512 to 10.113.7.5"}; !slices.Equal(a.Routes, want) {
+		t.Errorf("routes %q, want %q", a.Routes, want)
+	}
+
+	// Without the file the namespace ends, and with it both ends of the device, and the route.
+	if err := file.Close(); err != nil {
+		t.Fatal(err)
+	}
+	await(t, func() error {
+		report := newInspector("node-a", lookable(t).Host, fakeRuntime(knowsNothing)).Inspect(t.Context(), query)
+		if report.Verdict() != sandbox.Released {
+			return fmt.Errorf("%s: %v %v", report.Verdict(), report.Findings, report.Failures())
+		}
+		return nil
+	})
+}

@@ -1,0 +1,161 @@
+package agent
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/eni-guard/eni-guard/internal/sandbox"
+)
+
+// twoPods is a node with a pod that lives, and one of which something is left.
+func twoPods() survey {
+	const path1, path2 = "/run/netns/cni-00000000-0000-0000-0000-000000000001", "/run/netns/cni-00000000-0000-0000-0000-000000000002"
+	live := podSandbox{id: "s1", pod: sandbox.Pod{Namespace: "shop", Name: "web-0", UID: podUID}, ready: true, details: details{netnsPath: path1}}
+	stuck := podSandbox{id: "s2", pod: sandbox.Pod{Namespace: "shop", Name: "web-0", UID: otherUID}, details: details{netnsPath: path2}}
+	return survey{
+		records: podRecords{sandboxes: []podSandbox{live, stuck}, containers: []podContainer{{"c1", "app", "s1"}}},
+		members: map[string][]int{podUID: {10, 11}, otherUID: {20}},
+		view: nodeView{host: "net:[1]", namespaces: []netNamespace{
+			{id: "net:[7]", paths: []string{path1}, tasks: leaders([]int{10, 11}), addresses: []assignment{{podAddress, "eth0"}}},
+			{id: "net:[8]", paths: []string{path2}, tasks: leaders([]int{20, 21}), addresses: []assignment{{podAddress, "eth0"}, {podIPv6, "eth0"}}},
+		}},
+		probes: []sandbox.Probe{{Name: sandbox.ProbeRuntime}, {Name: sandbox.ProbeCgroups}, {Name: sandbox.ProbeProcesses}, {Name: sandbox.ProbeNetns}},
+	}
+}
+
+func TestTraces(t *testing.T) {
+	var got []string
+	for _, trace := range twoPods().traces() {
+		got = append(got, trace.Pod.String())
+		for _, f := range trace.Findings {
+			text := string(f.Kind)
+			if f.Process != nil {
+				text += fmt.Sprint(" ", f.Process.PID, " outside ", f.Process.Outside)
+			}
+			if f.IP.IsValid() {
+				text += " " + f.IP.String()
+			}
+			got = append(got, "  "+text)
+		}
+	}
+	want := []string{
+		"shop/web-0 (UID " + otherUID + ")",
+		"  NetnsOpen", "  IPAssigned 10.0.0.5", "  IPAssigned fd00::5", "  ProcessAlive 20 outside false", "  ProcessAlive 21 outside true",
+		"shop/web-0 (UID " + podUID + ")",
+		"  SandboxReady", "  ContainerRunning", "  NetnsOpen", "  IPAssigned 10.0.0.5", "  ProcessAlive 10 outside false", "  ProcessAlive 11 outside false",
+	}
+	if !slices.Equal(got, want) {
+		t.Errorf("got  %q\nwant %q", got, want)
+	}
+}
+
+func TestLeftovers(t *testing.T) {
+	livePod := func(uid string) bool { return uid == podUID }
+	both := func(string) bool { return true }
+	mount := func(path string, ips ...netip.Addr) netNamespace {
+		n := netNamespace{id: "net:[9]", paths: []string{path}}
+		for _, ip := range ips {
+			n.addresses = append(n.addresses, assignment{ip, "eth0"})
+		}
+		return n
+	}
+	const runtimes = "/run/netns/cni-00000000-0000-0000-0000-000000000009"
+	other := netip.MustParseAddr("10.0.0.99")
+	for _, test := range []struct {
+		name   string
+		change func(s *survey)
+		known  func(string) bool
+		want   []string // who, and why
+	}{
+		{"the API server has both pods", func(*survey) {}, both, nil},
+		{"the API server has one of them", func(*survey) {}, livePod, []string{otherUID + " " + leftoverOfGonePod}},
+		{"of the other one only a record is left", func(s *survey) { s.view.namespaces = s.view.namespaces[:1] }, livePod, nil},
+		{"the other one is a static pod", func(s *survey) { s.records.sandboxes[1].static = true }, livePod, nil},
+		{"the other one is on the host's network", func(s *survey) {
+			s.records.sandboxes[1].netnsPath = ""
+			s.view.namespaces = s.view.namespaces[:1]
+		}, livePod, nil},
+		{"the record of the other one is gone, a process is not", func(s *survey) { s.records.sandboxes = s.records.sandboxes[:1] }, livePod,
+			[]string{otherUID + " " + leftoverOfGonePod}},
+		{"the API server cannot be asked", func(*survey) {}, nil, nil},
+		{"the API server cannot be asked, and a record is gone", func(s *survey) { s.records.sandboxes = s.records.sandboxes[:1] }, nil,
+			[]string{otherUID + " " + leftoverNoSandbox}},
+		{"neither the API server nor the runtime can be asked", func(s *survey) { s.records, s.probes = podRecords{}, s.probes[1:] }, nil, nil},
+		{"a namespace that a runtime made, of nobody", func(s *survey) { s.view.namespaces = append(s.view.namespaces, mount(runtimes)) }, both,
+			[]string{" " + leftoverOfNobody}},
+		{"as CRI-O names it", func(s *survey) {
+			s.view.namespaces = append(s.view.namespaces, mount("/run/netns/00000000-0000-0000-0000-000000000009"))
+		}, both, []string{" " + leftoverOfNobody}},
+		{"the same, but the runtime cannot be asked", func(s *survey) {
+			s.view.namespaces, s.probes = append(s.view.namespaces, mount(runtimes)), s.probes[1:]
+		}, both, nil},
+		{"a namespace of something else, with a pod's address", func(s *survey) { s.view.namespaces = append(s.view.namespaces, mount("/run/netns/x", podAddress)) }, both,
+			[]string{" " + leftoverOtherOwner}},
+		{"a namespace of something else", func(s *survey) { s.view.namespaces = append(s.view.namespaces, mount("/run/netns/x", other)) }, both, nil},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			s := twoPods()
+			test.change(&s)
+			var got []string
+			for _, l := range leftovers(s.traces(), s.runtimeAnswered(), test.known) {
+				got = append(got, l.Pod.UID+" "+l.Leftover)
+			}
+			if !slices.Equal(got, test.want) {
+				t.Errorf("got %q, want %q", got, test.want)
+			}
+		})
+	}
+}
+
+func TestSharedAddresses(t *testing.T) {
+	s := twoPods()
+	// Networks of something else may well use the same addresses among themselves.
+	for _, id := range []string{"net:[20]", "net:[21]"} {
+		s.view.namespaces = append(s.view.namespaces, netNamespace{id: id, addresses: []assignment{{netip.MustParseAddr("172.17.0.2"), "eth0"}}})
+	}
+	got := sharedAddresses(s.traces())
+	if len(got) != 1 || got[0].IP != podAddress || len(got[0].Holders) != 2 || got[0].Holders[0].Pod.UID != otherUID || got[0].Holders[1].Pod.UID != podUID {
+		t.Errorf("got %+v", got)
+	}
+}
+
+// Two namespaces may show under one path, where one covers the other.
+func TestTwoNamespacesOfOnePath(t *testing.T) {
+	s := twoPods()
+	s.view.namespaces[1].paths = s.view.namespaces[0].paths
+	i := newInspector("node-a", lookable(t).Host, fakeRuntime(knowsNothing))
+	for _, trace := range s.traces() {
+		if _, err := i.described(t.Context(), s, trace); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// The kernel gives the inode of a namespace that has ended to the next one: that is another one. And one of nobody may be that of a
+// sandbox in the making, for as long as the runtime may take for that.
+func TestNamespacesOfNobodyAreGivenTime(t *testing.T) {
+	nobodys := func(path string) []Trace {
+		s := survey{view: nodeView{namespaces: []netNamespace{{id: "net:[9]", paths: []string{path}}}}}
+		return leftovers(s.traces(), true, func(string) bool { return true })
+	}
+	const first, second = "/run/netns/cni-00000000-0000-0000-0000-000000000001", "/run/netns/cni-00000000-0000-0000-0000-000000000002"
+	s := newRecordedSweeper()
+	for _, step := range []struct {
+		after time.Duration
+		path  string
+		due   int
+	}{
+		{0, first, 0},
+		{2 * time.Minute, first, 0},
+		{4 * time.Minute, second, 0},
+		{6 * time.Minute, second, 0},
+		{9 * time.Minute, second, 1},
+	} {
+		if due, _ := s.due(noon.Add(step.after), nobodys(step.path), true); len(due) != step.due {
+			t.Errorf("after %s: %d are due", step.after, len(due))
+		}
+	}
+}

@@ -1,0 +1,124 @@
+package agent
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"net/http"
+	"net/http/httptest"
+	"os/exec"
+	"testing"
+	"time"
+
+	"github.com/go-logr/logr"
+	"golang.org/x/sys/unix"
+
+	"github.com/eni-guard/eni-guard/internal/sandbox"
+)
+
+// Whoever waits for the release gets one answer: as soon as nothing is left, or what is left when the time has passed.
+func TestWaitingForTheRelease(t *testing.T) {
+	// A pod of which the runtime tells so many times that it is there. A question that does not find it quickly asks again.
+	ask := func(ctx context.Context, looks int, parameters string) (sandbox.Report, int) {
+		n := 0
+		inspector := newInspector("node-a", lookable(t).Host, fakeRuntime(func(context.Context, string) (podRecords, error) {
+			if n++; n <= looks {
+				return podRecords{sandboxes: []podSandbox{{id: "abc", ready: true}}}, nil
+			}
+			return podRecords{}, nil
+		}))
+		body, err := json.Marshal(podQuery)
+		if err != nil {
+			t.Fatal(err)
+		}
+		recorder := httptest.NewRecorder()
+		// One look may take long where the machine has much to do.
+		Handler(inspector, logr.Discard()).ServeHTTP(recorder, httptest.NewRequestWithContext(ctx, http.MethodPost, InspectPath+"?timeout=30s&"+parameters, bytes.NewReader(body)))
+		var report sandbox.Report
+		if err := json.Unmarshal(recorder.Body.Bytes(), &report); err != nil {
+			t.Fatalf("%d %s: %v", recorder.Code, recorder.Body, err)
+		}
+		return report, n
+	}
+	if report, looks := ask(t.Context(), 2, "wait=30s"); report.Verdict() != sandbox.Released || looks != 4 {
+		t.Errorf("released while waiting: %s after %d looks", report.Verdict(), looks)
+	}
+	if report, looks := ask(t.Context(), 1000, "wait=150ms"); report.Verdict() != sandbox.Bound || looks < 2 {
+		t.Errorf("still bound at the end: %s after %d looks", report.Verdict(), looks)
+	}
+	if report, looks := ask(t.Context(), 1000, ""); report.Verdict() != sandbox.Bound || looks != 1 {
+		t.Errorf("without waiting: %s after %d looks", report.Verdict(), looks)
+	}
+	gone, leave := context.WithCancel(t.Context())
+	leave()
+	if _, looks := ask(gone, 1000, "wait=30s"); looks > 1 {
+		t.Errorf("%d looks for a caller who has gone", looks)
+	}
+}
+
+// A watch ends when something happens, long before its limit, which is far longer than this test may take.
+func TestWatch(t *testing.T) {
+	requireRoot(t)
+	const never = time.Hour
+	child := func() *exec.Cmd {
+		cmd := exec.CommandContext(t.Context(), "sleep", "3600")
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
+		return cmd
+	}
+	end := func(cmd *exec.Cmd) {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+	}
+	for _, test := range []struct {
+		name    string
+		happens func(process *exec.Cmd, events chan<- struct{}, leave func())
+	}{
+		{"a process ends", func(process *exec.Cmd, _ chan<- struct{}, _ func()) { end(process) }},
+		{"a mount comes", func(*exec.Cmd, chan<- struct{}, func()) {
+			dir := t.TempDir()
+			if err := unix.Mount("eni-guard-test", dir, "tmpfs", 0, ""); err != nil {
+				t.Error(err)
+			}
+			if err := unix.Unmount(dir, 0); err != nil {
+				t.Error(err)
+			}
+		}},
+		{"an event of the runtime", func(_ *exec.Cmd, events chan<- struct{}, _ func()) { events <- struct{}{} }},
+		{"the caller leaves", func(_ *exec.Cmd, _ chan<- struct{}, leave func()) { leave() }},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			ctx, leave := context.WithCancel(t.Context())
+			events := make(chan struct{})
+			w := newWatch(ctx, events)
+			defer leave()
+			defer w.close()
+			cmd := child()
+			changed := make(chan bool)
+			go func() { changed <- w.await([]int{cmd.Process.Pid}, never) }()
+			test.happens(cmd, events, leave)
+			if !<-changed {
+				t.Error("no change")
+			}
+		})
+	}
+	t.Run("a process has ended already", func(t *testing.T) {
+		w := newWatch(t.Context(), nil)
+		defer w.close()
+		cmd := child()
+		end(cmd)
+		if !w.await([]int{cmd.Process.Pid}, never) {
+			t.Error("no change")
+		}
+	})
+	t.Run("nothing happens", func(t *testing.T) {
+		w := newWatch(t.Context(), nil)
+		defer w.close()
+		w.mounts = -1 // other programs of this machine mount too
+		if w.await([]int{child().Process.Pid}, 50*time.Millisecond) {
+			t.Error("a change")
+		}
+	})
+}
