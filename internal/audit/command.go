@@ -1,0 +1,269 @@
+// Package audit is the command `eni-guard audit`: it reads audit logs, has them reviewed, and prints what was found.
+package audit
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/term"
+
+	"github.com/eni-guard/eni-guard/internal/auditlog"
+	"github.com/eni-guard/eni-guard/internal/exitstatus"
+	"github.com/eni-guard/eni-guard/internal/review"
+)
+
+// The exit statuses of `eni-guard audit`, beside 0 and exitstatus.Usage.
+const (
+	// exitFound means: there are removals of a decision that --fail-on names, or --check has found something lacking.
+	exitFound = 1
+	// exitUnread means: a log could not be read, or what was to be checked was not seen.
+	exitUnread = 2
+)
+
+type options struct {
+	since, until                                        string
+	namespaces, users, nodes, pods, decisions, verdicts []string
+	output                                              string
+	failOn                                              []string
+	strict, follow, check                               bool
+	release                                             string
+	exempt                                              []string
+}
+
+// NewCommand returns `eni-guard audit`.
+func NewCommand() *cobra.Command {
+	o := options{}
+	cmd := &cobra.Command{
+		Use:   "audit [FILE…]",
+		Short: "Tell from audit logs who removed which pods by force, what was on the node, and what slipped past",
+		Long: `Reads audit logs of Kubernetes API servers, as the log backend writes them, as the webhook backend sends them, or as the log service
+of Alibaba Cloud exports them; packed with gzip or zstd or not. A FILE may be a pattern in quotes, or - for standard input, which
+is also what is read without any FILE.
+
+Exit status: 0 reviewed; 1 a decision of --fail-on is there, or --check found something lacking; 2 a log could not be read, has a line
+that could not be read with --strict, or does not show what --check looks for; 64 wrong usage.`,
+		Example: `  # who removed what by force in the last week?
+  eni-guard audit --since 7d '/var/log/kubernetes/audit*.log*'
+  # for a colleague, as one file that needs nothing else
+  eni-guard audit -o html audit.log >review.html
+  # in a pipeline: fail if anything slipped past or was overridden
+  eni-guard audit --fail-on slipped-past,overridden audit.log
+  # does the log have everything that the review needs?
+  eni-guard audit --check audit.log`,
+		Args: cobra.ArbitraryArgs,
+		RunE: func(cmd *cobra.Command, files []string) error {
+			q, err := o.validate(files, time.Now())
+			if err != nil {
+				return exitstatus.With(exitstatus.Usage, err)
+			}
+			return q.run(cmd.Context(), cmd.InOrStdin(), cmd.OutOrStdout(), cmd.ErrOrStderr())
+		},
+	}
+	cmd.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return exitstatus.With(exitstatus.Usage, err) })
+	flags := cmd.Flags()
+	flags.StringVar(&o.since, "since", "", "only from this time on: 2026-11-24, 2026-11-24T18:00:00Z, or 90m, 24h, 7d ago")
+	flags.StringVar(&o.until, "until", "", "only before this time, written in the same ways")
+	flags.StringSliceVarP(&o.namespaces, "namespace", "n", nil, "only pods of these namespaces")
+	flags.StringSliceVar(&o.users, "user", nil, "only what these users did, also as somebody else")
+	flags.StringSliceVar(&o.nodes, "node", nil, "only pods of these nodes")
+	flags.StringSliceVar(&o.pods, "pod", nil, "only these pods: NAME, NAMESPACE/NAME or UID")
+	flags.StringSliceVar(&o.decisions, "decision", nil, "only these decisions: "+decisionWords())
+	flags.StringSliceVar(&o.verdicts, "verdict", nil, "only these verdicts: "+strings.Join(verdicts, ", "))
+	flags.StringVarP(&o.output, "output", "o", "table", "table, json, csv, or html")
+	flags.StringSliceVar(&o.failOn, "fail-on", nil, "end with status 1 if there is a removal of one of these decisions")
+	flags.BoolVar(&o.strict, "strict", false, "end at the first line that cannot be read")
+	flags.BoolVarP(&o.follow, "follow", "f", false, "go on with what is written to the one FILE, and print removals as they come, until interrupted")
+	flags.BoolVar(&o.check, "check", false, "only tell whether the log has what a review needs")
+	flags.StringVar(&o.release, "release", "eni-guard/eni-guard", "NAMESPACE/NAME of the guard's Helm release")
+	flags.StringSliceVar(&o.exempt, "exempt-namespaces", []string{"kube-system"}, "namespaces that are never guarded, the chart's exemptNamespaces; none if empty")
+	return cmd
+}
+
+var (
+	verdicts = []string{"released", "bound", "unknown", "not-asked"}
+	outputs  = []string{"table", "json", "csv", "html"}
+)
+
+func decisionWords() string {
+	var words []string
+	for _, d := range review.Decisions {
+		words = append(words, string(d))
+	}
+	return strings.Join(words, ", ")
+}
+
+// question is what a person wants to know, read.
+type question struct {
+	options
+	files  []string
+	filter review.Filter
+	fail   []review.Decision
+	guard  review.Guard
+}
+
+func (o options) validate(files []string, now time.Time) (question, error) {
+	q := question{options: o, files: files}
+	if !slices.Contains(outputs, o.output) {
+		return q, fmt.Errorf("--output %q is none of %s", o.output, strings.Join(outputs, ", "))
+	}
+	var err error
+	if q.filter.Since, err = parseTime(o.since, now); err != nil {
+		return q, fmt.Errorf("--since %w", err)
+	}
+	if q.filter.Until, err = parseTime(o.until, now); err != nil {
+		return q, fmt.Errorf("--until %w", err)
+	}
+	if s, u := q.filter.Since, q.filter.Until; !s.IsZero() && !u.IsZero() && !s.Before(u) {
+		return q, fmt.Errorf("--since %s is not before --until %s", o.since, o.until)
+	}
+	if q.filter.Decisions, err = decisions("decision", o.decisions); err != nil {
+		return q, err
+	}
+	if q.fail, err = decisions("fail-on", o.failOn); err != nil {
+		return q, err
+	}
+	for _, verdict := range o.verdicts {
+		if !slices.Contains(verdicts, verdict) {
+			return q, fmt.Errorf("--verdict %q is none of %s", verdict, strings.Join(verdicts, ", "))
+		}
+	}
+	q.filter.Namespaces, q.filter.Users, q.filter.Nodes, q.filter.Pods, q.filter.Verdicts = o.namespaces, o.users, o.nodes, o.pods, o.verdicts
+	namespace, release, found := strings.Cut(o.release, "/")
+	if !found || namespace == "" || release == "" || strings.Contains(release, "/") {
+		return q, fmt.Errorf("--release %q is not NAMESPACE/NAME", o.release)
+	}
+	q.guard = review.Guard{Namespace: namespace, Release: release, Exempt: o.exempt}
+	switch {
+	case o.follow && (len(files) != 1 || files[0] == auditlog.Stdin):
+		return q, errors.New("--follow needs one FILE, the log that is written to")
+	case o.follow && (o.check || len(o.failOn) > 0 || o.output != "table" && o.output != "json"):
+		return q, errors.New("--follow has no end, so --check, --fail-on, -o csv and -o html do not go with it")
+	case o.check && len(o.namespaces)+len(o.users)+len(o.nodes)+len(o.pods)+len(o.decisions)+len(o.verdicts)+len(o.since)+len(o.until) > 0:
+		return q, errors.New("--check looks at the whole log, so no filter goes with it")
+	case o.check && (o.output == "csv" || o.output == "html" || len(o.failOn) > 0):
+		return q, errors.New("--check prints a table or, with -o json, JSON, and does not go with --fail-on")
+	}
+	return q, nil
+}
+
+func decisions(flag string, words []string) ([]review.Decision, error) {
+	var all []review.Decision
+	for _, word := range words {
+		if !slices.Contains(review.Decisions, review.Decision(word)) {
+			return nil, fmt.Errorf("--%s %q is none of %s", flag, word, decisionWords())
+		}
+		all = append(all, review.Decision(word))
+	}
+	return all, nil
+}
+
+func (q question) run(ctx context.Context, in io.Reader, out, messages io.Writer) error {
+	if len(q.files) == 0 && isTerminal(in) {
+		return exitstatus.With(exitstatus.Usage, errors.New("name a FILE, or pipe a log in"))
+	}
+	sources, err := auditlog.Sources(q.files, in)
+	if err != nil {
+		return exitstatus.With(exitUnread, err)
+	}
+	reader := &auditlog.Reader{Selection: auditlog.Selection{GuardNamespace: q.guard.Namespace, All: q.check}, Strict: q.strict}
+	switch {
+	case q.check:
+		return q.runCheck(ctx, reader, sources, out, messages)
+	case q.follow:
+		return q.runFollow(ctx, reader, sources[0], out)
+	}
+	found := review.New(q.guard)
+	reader.Each = func(e *auditlog.Event) { found.Add(e) }
+	read, err := readShown(ctx, reader, sources, messages)
+	if err != nil {
+		return exitstatus.With(exitUnread, err)
+	}
+	d := document{Log: read, Report: found.Report().Select(q.filter)}
+	d.Totals = d.Report.Totals()
+	if err := d.print(out, q.output); err != nil {
+		return exitstatus.With(exitUnread, fmt.Errorf("printing: %w", err))
+	}
+	if q.output == "csv" { // which has no place for it
+		for _, line := range slices.Concat(problemWords(d.Log), untoldWords(d.Untold)) {
+			fmt.Fprintln(messages, line)
+		}
+	}
+	if slices.ContainsFunc(d.Removals, func(r review.Removal) bool { return slices.Contains(q.fail, r.Decision) }) {
+		return exitstatus.Error(exitFound)
+	}
+	// Who asks whether something is there must not take a file that could not be read for one that has nothing.
+	if d.Log.Unread > 0 && len(q.fail) > 0 {
+		return exitstatus.With(exitUnread, fmt.Errorf("%s could not be read in whole, so nothing is certain about --fail-on", count(d.Log.Unread, "file")))
+	}
+	return nil
+}
+
+// document is everything that is printed; with -o json it is what is printed.
+type document struct {
+	Log auditlog.Summary `json:"log"`
+	review.Report
+	Totals review.Totals `json:"totals"`
+}
+
+func (d document) print(out io.Writer, format string) error {
+	switch format {
+	case "json":
+		return writeJSON(out, d)
+	case "csv":
+		return d.csv(out)
+	case "html":
+		return d.html(out)
+	default:
+		style := styleOf(out)
+		_, err := io.WriteString(out, d.text(style))
+		return err
+	}
+}
+
+func writeJSON(out io.Writer, value any) error {
+	encoder := json.NewEncoder(out)
+	encoder.SetIndent("", "  ")
+	return encoder.Encode(value)
+}
+
+// runCheck tells whether the log has what a review needs.
+func (q question) runCheck(ctx context.Context, reader *auditlog.Reader, sources []auditlog.Source, out, messages io.Writer) error {
+	check := review.NewCheck(q.guard)
+	reader.Each = check.Add
+	read, err := readShown(ctx, reader, sources, messages)
+	if err != nil {
+		return exitstatus.With(exitUnread, err)
+	}
+	needs := check.Needs()
+	if q.output == "json" {
+		err = writeJSON(out, struct {
+			Log   auditlog.Summary `json:"log"`
+			Needs []review.Need    `json:"needs"`
+		}{read, needs})
+	} else {
+		_, err = io.WriteString(out, checkText(read, needs, styleOf(out)))
+	}
+	switch {
+	case err != nil:
+		return exitstatus.With(exitUnread, err)
+	case slices.ContainsFunc(needs, func(n review.Need) bool { return n.Lacking > 0 }):
+		return exitstatus.Error(exitFound)
+	case slices.ContainsFunc(needs, func(n review.Need) bool { return n.Seen == 0 }):
+		return exitstatus.Error(exitUnread)
+	default:
+		return nil
+	}
+}
+
+func isTerminal(stream any) bool {
+	file, ok := stream.(*os.File)
+	return ok && term.IsTerminal(int(file.Fd()))
+}

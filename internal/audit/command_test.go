@@ -1,0 +1,343 @@
+package audit
+
+import (
+	"bytes"
+	"context"
+	"encoding/csv"
+	"encoding/json"
+	"errors"
+	"flag"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/eni-guard/eni-guard/internal/exitstatus"
+	"github.com/eni-guard/eni-guard/internal/review"
+)
+
+// The logs are those of the package review, which says where they come from.
+const (
+	everyWay  = "../review/testdata/every-way.log.gz"
+	scenarios = "../review/testdata/scenarios.log.gz"
+)
+
+var update = flag.Bool("update", false, "write the golden files anew")
+
+// run runs the command and returns what it prints and its exit status; -1 is an error without one.
+func run(t testing.TB, stdin string, args ...string) (string, int, error) {
+	t.Helper()
+	out, _, status, err := runApart(t, stdin, args...)
+	return out, status, err
+}
+
+// runApart is run, and returns also what is told beside.
+func runApart(t testing.TB, stdin string, args ...string) (stdout, stderr string, status int, err error) {
+	t.Helper()
+	cmd := NewCommand()
+	cmd.SilenceErrors, cmd.SilenceUsage = true, true
+	var out, messages bytes.Buffer
+	cmd.SetIn(strings.NewReader(stdin))
+	cmd.SetOut(&out)
+	cmd.SetErr(&messages)
+	// Without any, cobra takes those of the test.
+	cmd.SetArgs(append([]string{}, args...))
+	err = cmd.ExecuteContext(t.Context())
+	exit, told := errors.AsType[exitstatus.Error](err)
+	status = int(exit)
+	if err != nil && !told {
+		status = -1
+	}
+	return out.String(), messages.String(), status, err
+}
+
+// golden compares a text with the file that has it.
+func golden(t *testing.T, name, got string) {
+	t.Helper()
+	file := filepath.Join("testdata", name)
+	if *update {
+		if err := os.WriteFile(file, []byte(got), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want, err := os.ReadFile(file)
+	if err != nil || got != string(want) {
+		t.Errorf("%s (%v): go test ./internal/audit -update writes it anew:\n%s", file, err, got)
+	}
+}
+
+func TestTheReportForPeople(t *testing.T) {
+	out, status, err := run(t, "", everyWay)
+	if status != 0 {
+		t.Fatal(err)
+	}
+	golden(t, "every-way.txt", out)
+}
+
+// documentOf is what is printed of a recorded log.
+func documentOf(t testing.TB, log string) document {
+	t.Helper()
+	out, status, err := run(t, "", "-o", "json", log)
+	var d document
+	if status != 0 || json.Unmarshal([]byte(out), &d) != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	return d
+}
+
+func TestTheTableFitsTheTerminal(t *testing.T) {
+	d := documentOf(t, everyWay)
+	for _, width := range []int{60, 80, 100, 132, 200, 400} {
+		text := d.removalTable(style{width: width})
+		for line := range strings.Lines(text) {
+			if n := len([]rune(strings.TrimRight(line, "\n"))); n > width {
+				t.Errorf("%d of %d columns: %s", n, width, line)
+			}
+		}
+		for _, must := range []string{"TIME (UTC)", "POD", "DECISION", "slipped-past"} {
+			if !strings.Contains(text, must) {
+				t.Errorf("at a width of %d there is no %s:\n%s", width, must, text)
+			}
+		}
+	}
+	golden(t, "every-way-100.txt", d.removalTable(style{width: 100}))
+	if text := d.text(style{width: 100, colour: true}); !strings.Contains(text, "\x1b[31mslipped-past\x1b[0m") {
+		t.Errorf("no colour:\n%s", text)
+	}
+}
+
+// Names, user agents and reasons are what somebody has sent.
+func TestNothingInALogReachesTheTerminalAsACommand(t *testing.T) {
+	event := `{"kind":"Event","apiVersion":"audit.k8s.io/v1","level":"Request","auditID":"1","stage":"ResponseComplete","requestURI":"/api/v1/namespaces/shop/pods/web-0?gracePeriodSeconds=0",` +
+		`"verb":"delete","user":{"username":"=jo\u001b[2J"},"userAgent":"\u001b]0;x\u0007<script>alert(1)</script>\r\n","objectRef":{"resource":"pods","namespace":"shop","name":"web-0"},"responseStatus":{"code":200},` +
+		`"requestReceivedTimestamp":"2026-11-25T01:02:03.000004Z","annotations":{"override.eni-guard.io/override-reason":"=1+1\"\u001b[31m<img src=x>"}}` + "\n{\"\x1b[2J\n"
+	for _, format := range []string{"table", "json", "html"} {
+		out, _, err := run(t, event, "-o", format)
+		if err != nil || strings.ContainsAny(out, "\x1b\x07") || !strings.Contains(out, "web-0") {
+			t.Errorf("%s: %v: %q", format, err, out)
+		}
+		if format == "html" && strings.Contains(out, "<script>alert") || format == "html" && strings.Contains(out, "<img") {
+			t.Errorf("%s has what a browser would do:\n%s", format, out)
+		}
+	}
+	out, _, _ := run(t, event, "-o", "csv")
+	for _, line := range strings.Split(out, "\n")[1:] {
+		for cell := range strings.SplitSeq(line, ",") {
+			if strings.HasPrefix(strings.Trim(cell, `"`), "=") {
+				t.Errorf("a spreadsheet would calculate with %s", cell)
+			}
+		}
+	}
+}
+
+// What a file of rows has no place for is told beside it.
+func TestCSVTellsWhatItLacks(t *testing.T) {
+	_, messages, status, err := runApart(t, "{\"broken\n", "-o", "csv")
+	if status != 0 || !strings.Contains(messages, "problems in the log") || !strings.Contains(messages, "line 1 is cut off or broken") {
+		t.Errorf("status %d (%v), told: %q", status, err, messages)
+	}
+}
+
+// A check must not pass on a log that could not be read.
+func TestFailOnNeedsTheWholeLog(t *testing.T) {
+	whole, err := os.ReadFile(scenarios)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cut := filepath.Join(t.TempDir(), "cut.log.gz")
+	if err := os.WriteFile(cut, whole[:len(whole)/2], 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, status, err := run(t, "", "--fail-on", "exempt", "--until", "2020-01-01", cut); status != exitUnread || !strings.Contains(err.Error(), "1 file could not be read in whole") {
+		t.Errorf("status %d (%v)", status, err)
+	}
+	if _, status, err := run(t, "", "--until", "2020-01-01", cut); status != 0 {
+		t.Errorf("without --fail-on: status %d (%v)", status, err)
+	}
+}
+
+func TestCSVHasEveryRemoval(t *testing.T) {
+	out, status, err := run(t, "", "-o", "csv", scenarios)
+	rows, parse := csv.NewReader(strings.NewReader(out)).ReadAll()
+	d := documentOf(t, scenarios)
+	if status != 0 || parse != nil || len(rows) != len(d.Removals)+1 {
+		t.Fatalf("%d rows of %d removals, %v, %v", len(rows), len(d.Removals), err, parse)
+	}
+	for i, r := range d.Removals {
+		if row := rows[i+1]; row[6] != r.Pod || row[13] != string(r.Decision) || row[9] != strings.Join(r.Addresses, " ") {
+			t.Errorf("row %d is %q", i, row)
+		}
+	}
+}
+
+func TestFilters(t *testing.T) {
+	d := documentOf(t, everyWay)
+	first, last := d.Removals[0], d.Removals[len(d.Removals)-1]
+	for _, c := range []struct {
+		args []string
+		want func(review.Removal) bool
+	}{
+		{[]string{"--decision", "slipped-past,overridden"}, func(r review.Removal) bool { return r.Decision == "slipped-past" || r.Decision == "overridden" }},
+		{[]string{"--verdict", "bound"}, func(r review.Removal) bool { return r.Verdict == "bound" }},
+		{[]string{"--user", "intern@example.com"}, func(r review.Removal) bool { return r.User == "intern@example.com" }},
+		{[]string{"--user", "kubernetes-admin"}, func(review.Removal) bool { return true }},
+		{[]string{"--namespace", first.Namespace}, func(r review.Removal) bool { return r.Namespace == first.Namespace }},
+		{[]string{"--node", "node-1"}, func(r review.Removal) bool { return r.Node == "node-1" }},
+		{[]string{"--node", "node-2"}, func(review.Removal) bool { return false }},
+		{[]string{"--pod", "web-1"}, func(r review.Removal) bool { return r.Pod == "web-1" }},
+		{[]string{"--pod", first.Namespace + "/web-1"}, func(r review.Removal) bool { return r.Namespace == first.Namespace && r.Pod == "web-1" }},
+		{[]string{"--pod", first.UID}, func(r review.Removal) bool { return r.UID == first.UID }},
+		{[]string{"--since", last.Time.Format(time.RFC3339Nano)}, func(r review.Removal) bool { return !r.Time.Before(last.Time) }},
+		{[]string{"--until", last.Time.Format(time.RFC3339Nano)}, func(r review.Removal) bool { return r.Time.Before(last.Time) }},
+		{[]string{"--since", "2026-11-25", "--until", "2026-11-26"}, func(review.Removal) bool { return true }},
+	} {
+		out, status, err := run(t, "", append(c.args, "-o", "json", everyWay)...)
+		var got document
+		if status != 0 || json.Unmarshal([]byte(out), &got) != nil {
+			t.Fatalf("%v: %v", c.args, err)
+		}
+		want := slices.DeleteFunc(slices.Clone(d.Removals), func(r review.Removal) bool { return !c.want(r) })
+		if len(got.Removals) != len(want) || slices.ContainsFunc(got.Removals, func(r review.Removal) bool { return !c.want(r) }) {
+			t.Errorf("%v: %d removals, not %d", c.args, len(got.Removals), len(want))
+		}
+	}
+}
+
+func TestExitStatus(t *testing.T) {
+	missing := filepath.Join(t.TempDir(), "missing.log")
+	const broken = "{\"kind\":\"Event\"\n"
+	metadata := `{"kind":"Event","apiVersion":"audit.k8s.io/v1","level":"Metadata","auditID":"1","stage":"ResponseComplete","requestURI":"/api/v1/namespaces/shop/pods/web-0","verb":"delete",` +
+		`"user":{"username":"jo"},"objectRef":{"resource":"pods","namespace":"shop","name":"web-0"},"responseStatus":{"code":200},"requestReceivedTimestamp":"2026-11-25T01:02:03.000004Z"}` + "\n"
+	for _, c := range []struct {
+		name, stdin string
+		args        []string
+		status      int
+		says        string
+	}{
+		{"reviewed", "", []string{everyWay}, 0, "slipped-past"},
+		{"failing on what is there", "", []string{"--fail-on", "slipped-past,overridden", everyWay}, exitFound, "slipped-past"},
+		{"failing on what the filter leaves out", "", []string{"--fail-on", "slipped-past", "--decision", "denied", everyWay}, 0, "denied"},
+		{"nothing to read", "", nil, 0, "no forced removals"},
+		{"a missing file", "", []string{everyWay, missing}, exitUnread, missing},
+		{"a broken line", broken, nil, 0, "standard input: line 1 is cut off or broken"},
+		{"a broken line, strict", broken, []string{"--strict"}, exitUnread, "standard input: line 1 is cut off or broken"},
+		{"what cannot be told", metadata, nil, 0, "1 deletes of pods: the log has neither a decision nor the pod"},
+		{"a log that has everything", "", []string{"--check", everyWay}, 0, "The log has what a review needs."},
+		{"a log that lacks something", metadata, []string{"--check"}, exitFound, "lacking: 1 of 1, such as 1, at level Metadata"},
+		{"a log that does not show it", "", []string{"--check"}, exitUnread, "What was not seen"},
+		{"check in JSON", "", []string{"--check", "-o", "json", everyWay}, 0, `"level": "RequestResponse"`},
+		{"no such flag", "", []string{"--none"}, exitstatus.Usage, "unknown flag"},
+		{"no such output", "", []string{"-o", "yaml"}, exitstatus.Usage, `--output "yaml" is none of table, json, csv, html`},
+		{"no such decision", "", []string{"--decision", "refused"}, exitstatus.Usage, `--decision "refused" is none of slipped-past, overridden`},
+		{"no such decision to fail on", "", []string{"--fail-on", "x"}, exitstatus.Usage, `--fail-on "x" is none of`},
+		{"no such verdict", "", []string{"--verdict", "dead"}, exitstatus.Usage, `--verdict "dead" is none of released, bound`},
+		{"no time", "", []string{"--since", "yesterday"}, exitstatus.Usage, `--since "yesterday" is neither a time`},
+		{"a time that is to come", "", []string{"--until", "-3h"}, exitstatus.Usage, `--until "-3h" is neither a time`},
+		{"an end before its start", "", []string{"--since", "2026-11-25", "--until", "2026-11-24"}, exitstatus.Usage, "is not before --until"},
+		{"no release", "", []string{"--release", "eni-guard"}, exitstatus.Usage, "is not NAMESPACE/NAME"},
+		{"following nothing", "", []string{"--follow"}, exitstatus.Usage, "--follow needs one FILE"},
+		{"following two", "", []string{"--follow", everyWay, scenarios}, exitstatus.Usage, "--follow needs one FILE"},
+		{"following as a page", "", []string{"--follow", "-o", "html", everyWay}, exitstatus.Usage, "--follow has no end"},
+		{"a check of a part", "", []string{"--check", "--since", "7d", everyWay}, exitstatus.Usage, "no filter goes with it"},
+		{"a check as a page", "", []string{"--check", "-o", "html", everyWay}, exitstatus.Usage, "--check prints a table"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			out, status, err := run(t, c.stdin, c.args...)
+			if err != nil {
+				out += err.Error()
+			}
+			if status != c.status || !strings.Contains(out, c.says) {
+				t.Errorf("status %d, not %d, and %q is not in:\n%s", status, c.status, c.says, out)
+			}
+		})
+	}
+}
+
+func TestTimes(t *testing.T) {
+	now := time.Date(2026, 11, 25, 12, 0, 0, 0, time.UTC)
+	for text, want := range map[string]time.Time{
+		"":                          {},
+		"2026-11-24":                time.Date(2026, 11, 24, 0, 0, 0, 0, time.UTC),
+		"2026-11-24 18:00":          time.Date(2026, 11, 24, 18, 0, 0, 0, time.UTC),
+		"2026-11-24T18:00:00+08:00": time.Date(2026, 11, 24, 10, 0, 0, 0, time.UTC),
+		"90m":                       now.Add(-90 * time.Minute),
+		"7d":                        now.AddDate(0, 0, -7),
+	} {
+		if got, err := parseTime(text, now); err != nil || !got.Equal(want) {
+			t.Errorf("%q: %s, %v", text, got, err)
+		}
+	}
+}
+
+// awaited is written to by the command, and waited on by the test.
+type awaited chan string
+
+func (a awaited) Write(p []byte) (int, error) {
+	a <- string(p)
+	return len(p), nil
+}
+
+// What is written is told as it comes, also when the log is rotated, each once.
+func TestFollow(t *testing.T) {
+	dir := t.TempDir()
+	log := filepath.Join(dir, "audit.log")
+	line := func(pod string) string {
+		return `{"kind":"Event","apiVersion":"audit.k8s.io/v1","level":"Metadata","auditID":"` + pod + `","stage":"ResponseComplete","requestURI":"/api/v1/namespaces/shop/pods/` + pod + `?gracePeriodSeconds=0",` +
+			`"verb":"delete","user":{"username":"jo"},"objectRef":{"resource":"pods","namespace":"shop","name":"` + pod + `"},"responseStatus":{"code":200},"requestReceivedTimestamp":"2026-11-25T01:02:03.000004Z"}` + "\n"
+	}
+	write := func(text string) {
+		t.Helper()
+		file, err := os.OpenFile(log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := file.WriteString(text); err != nil {
+			t.Fatal(err)
+		}
+		if err := file.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write(line("web-0"))
+	ctx, cancel := context.WithCancel(t.Context())
+	out, ended := make(awaited), make(chan error, 1)
+	cmd := NewCommand()
+	cmd.SilenceErrors, cmd.SilenceUsage = true, true
+	cmd.SetOut(out)
+	cmd.SetArgs([]string{"--follow", log})
+	go func() { ended <- cmd.ExecuteContext(ctx) }()
+	expect := func(pod string) {
+		t.Helper()
+		select {
+		case text := <-out:
+			if !strings.Contains(text, "slipped-past shop/"+pod+" on node ? by jo: NoTrace") || strings.Count(text, "\n") != 1 {
+				t.Errorf("it told %q", text)
+			}
+		case err := <-ended:
+			t.Fatalf("it ended: %v", err)
+		case <-time.After(time.Minute):
+			t.Fatalf("it does not tell of %s", pod)
+		}
+	}
+	expect("web-0")
+	half := line("web-1")
+	write(half[:100])
+	write(half[100:] + half)
+	expect("web-1")
+	if err := os.Rename(log, log+".1"); err != nil {
+		t.Fatal(err)
+	}
+	write(line("web-2"))
+	expect("web-2")
+	if err := os.Truncate(log, 0); err != nil {
+		t.Fatal(err)
+	}
+	write(line("w-3"))
+	expect("w-3")
+	cancel()
+	if err := <-ended; err != nil {
+		t.Errorf("interrupted, it ends with %v", err)
+	}
+}

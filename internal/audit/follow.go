@@ -1,0 +1,57 @@
+package audit
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+
+	"github.com/eni-guard/eni-guard/internal/auditlog"
+	"github.com/eni-guard/eni-guard/internal/exitstatus"
+	"github.com/eni-guard/eni-guard/internal/review"
+)
+
+// runFollow prints removals as they come, each once, until it is interrupted.
+func (q question) runFollow(ctx context.Context, reader *auditlog.Reader, source auditlog.Source, out io.Writer) error {
+	found := review.New(q.guard)
+	style := styleOf(out)
+	var failed error
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
+	reader.Each = func(e *auditlog.Event) {
+		removals := found.Add(e)
+		for _, r := range (review.Report{Removals: removals}).Select(q.filter).Removals {
+			if err := q.printOne(out, found.Explained(r), style); err != nil {
+				failed = exitstatus.With(exitUnread, fmt.Errorf("printing: %w", err))
+				stop()
+			}
+		}
+	}
+	_, err := reader.Read(ctx, []auditlog.Source{source.Follow(ctx)})
+	if failed == nil && err != nil && !errors.Is(err, context.Canceled) {
+		failed = exitstatus.With(exitUnread, err)
+	}
+	return failed
+}
+
+func (q question) printOne(out io.Writer, r review.Removal, s style) error {
+	if q.output == "json" {
+		return json.NewEncoder(out).Encode(r)
+	}
+	decision := string(r.Decision)
+	if s.colour {
+		decision = paintDecision(decision)
+	}
+	text := fmt.Sprintf("%s/%s on node %s by %s: %s", r.Namespace, orUnknown(r.Pod), orUnknown(r.Node), userWords(r.User, r.ImpersonatedBy), r.Reason)
+	switch {
+	case r.Decision == review.SlippedPast:
+		text += ": " + slippedWords(r.Reason)
+	case r.OverrideReason != "":
+		text += fmt.Sprintf(": %q", r.OverrideReason)
+	case r.Evidence != "":
+		text += ": " + r.Evidence
+	}
+	_, err := fmt.Fprintf(out, "%s %s %s\n", at(r.Time), decision, printable(text))
+	return err
+}

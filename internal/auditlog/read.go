@@ -1,0 +1,284 @@
+package auditlog
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"runtime"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+)
+
+// Problem is a line, or a file, that could not be read.
+type Problem struct {
+	File string `json:"file"`
+	// Line counts from 1; 0 means the file.
+	Line int64  `json:"line,omitempty"`
+	What string `json:"problem"`
+}
+
+func (p Problem) String() string {
+	if p.Line == 0 {
+		return p.File + " " + p.What
+	}
+	return fmt.Sprintf("%s: line %d %s", p.File, p.Line, p.What)
+}
+
+// maxProblems is how many problems of one file are named. All are counted.
+const maxProblems = 5
+
+// Summary says what was read.
+type Summary struct {
+	// From and To are the times of the earliest and the latest of the first and the last lines of all files.
+	From  time.Time `json:"from,omitzero"`
+	To    time.Time `json:"to,omitzero"`
+	Files int       `json:"files"`
+	Lines int64     `json:"lines"`
+	// Bytes are those of the lines, unpacked.
+	Bytes int64 `json:"bytes"`
+	// Parsed are the events that were not left out before parsing.
+	Parsed int64 `json:"parsed"`
+	// ProblemCount counts all problems; Problems are the first of each file, in the order of files and lines.
+	ProblemCount int64     `json:"problemCount"`
+	Problems     []Problem `json:"problems,omitempty"`
+	// Unread counts the files that are no audit log, or could not be read to their end.
+	Unread int `json:"unread,omitempty"`
+}
+
+// Reader reads logs.
+type Reader struct {
+	Selection Selection
+	// Each is given every event that may matter, in the order of its file; it is called for one event at a time.
+	Each func(*Event)
+	// Strict makes the first problem an error.
+	Strict bool
+	// done counts the bytes that were read, as they are on the disk.
+	done atomic.Int64
+	mu   sync.Mutex
+}
+
+// Done is how many bytes were read of all sources so far, as they are on the disk. It may be asked at any time.
+func (r *Reader) Done() int64 { return r.done.Load() }
+
+// Read reads the sources, as many at a time as there are processors. Lines that cannot be read are in the summary, and so are files that turn
+// out to be unreadable later; an error means that it was cancelled, or that a problem was found with Strict.
+func (r *Reader) Read(ctx context.Context, sources []Source) (Summary, error) {
+	parts := make([]Summary, len(sources))
+	group, ctx := errgroup.WithContext(ctx)
+	group.SetLimit(runtime.GOMAXPROCS(0))
+	for i, source := range sources {
+		group.Go(func() error {
+			f := &fileReader{Reader: r, source: source, part: &parts[i]}
+			return f.read(ctx)
+		})
+	}
+	err := group.Wait()
+	total := Summary{Files: len(sources)}
+	for _, part := range parts {
+		total.add(part)
+	}
+	slices.SortStableFunc(total.Problems, func(a, b Problem) int {
+		return cmp.Or(cmp.Compare(a.File, b.File), cmp.Compare(a.Line, b.Line))
+	})
+	return total, err
+}
+
+func (s *Summary) add(part Summary) {
+	if !part.From.IsZero() {
+		s.cover(part.From)
+		s.cover(part.To)
+	}
+	s.Lines += part.Lines
+	s.Bytes += part.Bytes
+	s.Parsed += part.Parsed
+	s.ProblemCount += part.ProblemCount
+	s.Unread += part.Unread
+	s.Problems = append(s.Problems, part.Problems...)
+}
+
+// cover extends the time that was read.
+func (s *Summary) cover(at time.Time) {
+	if s.From.IsZero() || at.Before(s.From) {
+		s.From = at
+	}
+	if at.After(s.To) {
+		s.To = at
+	}
+}
+
+// fileReader reads one source.
+type fileReader struct {
+	*Reader
+	source Source
+	part   *Summary
+	// events says that the file has an audit event.
+	events bool
+	// last is the end of the last line, up to lastSize.
+	last []byte
+}
+
+// lastSize is how much of the end of a line has its time, in bytes: only annotations may stand behind it.
+const lastSize = 4 << 10
+
+func (f *fileReader) read(ctx context.Context) error {
+	file, err := f.source.open()
+	if err != nil {
+		return f.unread(0, "cannot be read: "+err.Error())
+	}
+	defer file.Close()
+	unpacked, closeIt, err := decompress(&counted{from: file, done: &f.done})
+	if err != nil {
+		return f.unread(0, err.Error())
+	}
+	defer closeIt()
+	if err := f.readLines(ctx, newLines(unpacked)); err != nil {
+		return err
+	}
+	if !f.events && f.part.Lines > 0 {
+		return f.unread(0, fmt.Sprintf("is not an audit log: none of its %d lines has an event", f.part.Lines))
+	}
+	return nil
+}
+
+func (f *fileReader) readLines(ctx context.Context, from *lines) error {
+	defer func() { f.time(f.last) }()
+	for ctx.Err() == nil {
+		text, ended, tooLong, err := from.next()
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return f.unread(f.part.Lines+1, "and what follows cannot be read: "+err.Error())
+		}
+		f.part.Lines++
+		f.part.Bytes += int64(len(text))
+		if ended {
+			f.part.Bytes++
+		}
+		if tooLong {
+			err = problem(fmt.Sprintf("was not read: it is longer than %d MiB%s", maxLine>>20, subject(text)))
+		} else {
+			if f.part.Lines == 1 {
+				f.time(text)
+			}
+			f.last = append(f.last[:0], text[max(0, len(text)-lastSize):]...)
+			err = f.line(text)
+		}
+		if err != nil {
+			if err := f.problem(f.part.Lines, err.Error()); err != nil {
+				return err
+			}
+		}
+	}
+	return ctx.Err()
+}
+
+// time reads the time of a line that may not be parsed.
+func (f *fileReader) time(text []byte) {
+	key := []byte(`"requestReceivedTimestamp":"`)
+	if start := bytes.LastIndex(text, key); start >= 0 {
+		value, _ := valueOf(text[start:], key)
+		if at, err := time.Parse(time.RFC3339Nano, string(value)); err == nil {
+			f.part.cover(at)
+		}
+	}
+}
+
+// subject says what the head of a line is about, in words that fit at the end of a problem.
+func subject(head []byte) string {
+	verb, _ := valueOf(head, verbKey)
+	address, _ := valueOf(head, []byte(`"requestURI":"`))
+	if len(verb) == 0 || len(address) == 0 {
+		return ""
+	}
+	return fmt.Sprintf(". It is about %s %.200s, and pods that are named only there are missing here", verb, address)
+}
+
+// line reads one line. A line that cannot matter is not parsed, but only if it looks whole: it begins and ends as an event does, and
+// no second one begins in the middle, as happens where a log was cut off and written on.
+func (f *fileReader) line(text []byte) error {
+	text = bytes.TrimSpace(text)
+	if len(text) == 0 {
+		return nil
+	}
+	if bytes.HasPrefix(text, canonicalHead) {
+		if second := bytes.Index(text[1:], canonicalHead); second >= 0 {
+			f.events = true
+			if err := f.line(text[1+second:]); err != nil {
+				return err
+			}
+			return problem("is cut off, and another event follows in it; that one was read")
+		}
+		if text[len(text)-1] == '}' && !f.Selection.mayMatter(text) {
+			f.events = true
+			return nil
+		}
+	} else if text[0] == '{' && text[len(text)-1] == '}' && bytes.Contains(text, quotedVersion) && !f.Selection.mayMatterAnyhow(text) {
+		f.events = true
+		return nil
+	}
+	return parse(text, f.event, f.item)
+}
+
+// item reads an event of an EventList, which has neither kind nor version of its own.
+func (f *fileReader) item(text []byte) error {
+	f.events = true
+	if !f.Selection.mayMatterAnyhow(text) {
+		return nil
+	}
+	var l line
+	if err := json.Unmarshal(text, &l); err != nil {
+		return problem(fmt.Sprintf("has an item that is not an audit event: %.200s", err))
+	}
+	f.event(l.event())
+	return nil
+}
+
+func (f *fileReader) event(e *Event) {
+	f.events = true
+	f.part.Parsed++
+	if e.Stage != StageResponseComplete && e.Stage != StagePanic {
+		return
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.Each(e)
+}
+
+// unread is a problem behind which nothing was read.
+func (f *fileReader) unread(line int64, what string) error {
+	f.part.Unread++
+	return f.problem(line, what)
+}
+
+func (f *fileReader) problem(line int64, what string) error {
+	p := Problem{File: f.source.Name, Line: line, What: what}
+	f.part.ProblemCount++
+	if len(f.part.Problems) < maxProblems {
+		f.part.Problems = append(f.part.Problems, p)
+	}
+	if f.Strict {
+		return errors.New(p.String())
+	}
+	return nil
+}
+
+// counted counts what is read.
+type counted struct {
+	from io.Reader
+	done *atomic.Int64
+}
+
+func (c *counted) Read(p []byte) (int, error) {
+	n, err := c.from.Read(p)
+	c.done.Add(int64(n))
+	return n, err
+}

@@ -1,0 +1,423 @@
+// Package review tells from the events of an audit log which pods were removed by force, what the guard decided about each,
+// what became of those that it refused, and what slipped past it. It reads no files and prints nothing.
+package review
+
+import (
+	"encoding/json"
+	"net/url"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	policyv1 "k8s.io/api/policy/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/eni-guard/eni-guard/internal/auditlog"
+	"github.com/eni-guard/eni-guard/internal/sandbox"
+	"github.com/eni-guard/eni-guard/webhook"
+)
+
+// Decision is what became of a removal: what the guard has decided, or one of the two below.
+type Decision string
+
+// Decisions that no webhook has made.
+const (
+	// SlippedPast means: the pod was removed by force, and the guard was not asked, though the pod is none that it leaves alone.
+	SlippedPast Decision = "slipped-past"
+	// Unanswered means: the API server has refused, because no webhook answered.
+	Unanswered Decision = "unanswered"
+)
+
+// Decisions are all there are, the worst first.
+var Decisions = []Decision{
+	SlippedPast, Decision(webhook.Overridden), Decision(webhook.Audited), Unanswered, Decision(webhook.Denied),
+	Decision(webhook.Held), Decision(webhook.Allowed), Decision(webhook.Exempt),
+}
+
+// Reasons of decisions that no webhook has made.
+const (
+	// ReasonWebhookDown means: no webhook answered. With the failure policy Ignore the request went through.
+	ReasonWebhookDown = "WebhookDown"
+	// ReasonConfigurationDeleted means: somebody had deleted the webhook configuration.
+	ReasonConfigurationDeleted = "ConfigurationDeleted"
+	// ReasonNoTrace means: nothing in the log says why the guard was not asked.
+	ReasonNoTrace = "NoTrace"
+	// ReasonGuardNamespace means: the pod is one of the guard's own namespace.
+	ReasonGuardNamespace = "GuardNamespace"
+	// ReasonExemptNamespace means: the pod is one of a namespace that is never guarded.
+	ReasonExemptNamespace = "ExemptNamespace"
+)
+
+// The annotations of audit events that are read here.
+const (
+	// guardPrefix starts those of the guard: docs/design.md.
+	guardPrefix = "force-delete.eni-guard.io/"
+	// collectionPrefix starts those of the pods of a collection delete, after guardPrefix.
+	collectionPrefix = "pod."
+	// policyReason is that of the ValidatingAdmissionPolicy about overrides, which works while no webhook does.
+	policyReason = "override.eni-guard.io/override-reason"
+	// failedOpenPrefix starts those of the API server about webhooks that did not answer and were not waited for
+	// (k8s.io/apiserver pkg/admission/plugin/webhook/validating/dispatcher.go).
+	failedOpenPrefix = "failed-open.validating.webhook.admission.k8s.io/"
+	webhookName      = "force-delete.eni-guard.io"
+)
+
+// Removal is one forced removal of one pod, or one try.
+type Removal struct {
+	Time time.Time `json:"time"`
+	// User is who counts; ImpersonatedBy is who acted as that user, if anybody did.
+	User           string   `json:"user"`
+	ImpersonatedBy string   `json:"impersonatedBy,omitempty"`
+	UserAgent      string   `json:"userAgent,omitempty"`
+	SourceIPs      []string `json:"sourceIPs,omitempty"`
+	Namespace      string   `json:"namespace"`
+	Pod            string   `json:"pod"`
+	UID            string   `json:"uid,omitempty"`
+	Node           string   `json:"node,omitempty"`
+	Addresses      []string `json:"addresses,omitempty"`
+	Path           string   `json:"path"`
+	Mode           string   `json:"mode,omitempty"`
+	Verdict        string   `json:"verdict"`
+	Decision       Decision `json:"decision"`
+	Reason         string   `json:"reason"`
+	// Inferred says that the decision is not the guard's own word, but follows from the rest of the event.
+	Inferred       bool   `json:"inferred,omitempty"`
+	Evidence       string `json:"evidence,omitempty"`
+	OverrideReason string `json:"overrideReason,omitempty"`
+	// Code is that of the API server's answer. A removal that was let through may have failed for another reason.
+	Code    int    `json:"code"`
+	AuditID string `json:"auditID"`
+	// Then is what became of a pod that was not removed at once, as far as the log tells.
+	Then *Then `json:"then,omitempty"`
+}
+
+// Then is how a pod went after all.
+type Then struct {
+	Time time.Time `json:"time"`
+	// After is the time since the removal was tried, in seconds.
+	After float64 `json:"afterSeconds"`
+	By    string  `json:"by"`
+	How   How     `json:"how"`
+	// Decision is that of the other removal, where it went by force.
+	Decision Decision `json:"decision,omitempty"`
+	// Override is the reason of the override that was on the pod by then, if one was given after the removal was tried.
+	Override string `json:"override,omitempty"`
+	// ByName says that only the name tells that it is the same pod.
+	ByName bool `json:"byName,omitempty"`
+}
+
+// How a pod goes.
+type How string
+
+// The ways that the log shows.
+const (
+	// HowEnded means: its kubelet removed it, after everything of it had ended.
+	HowEnded How = "ended"
+	// HowFreed means: the guard took away its finalizer, after the node had let go.
+	HowFreed How = "freed"
+	// HowForced means: another removal by force, which has a row of its own.
+	HowForced How = "forced"
+)
+
+// Untold counts requests that may have been forced removals; the log does not have what would tell.
+type Untold struct {
+	// Deletes are deletes of which neither a decision nor the pod is on record.
+	Deletes int64 `json:"deletes"`
+	// Evictions are evictions without a decision that do not ask for grace period 0: the pod would tell.
+	Evictions int64 `json:"evictions"`
+	// Collections are deletes of collections whose answer is not on record.
+	Collections int64 `json:"collections"`
+	// Records are decisions of the guard that were cut off.
+	Records int64 `json:"records"`
+}
+
+// removalsOf returns the forced removals of an event; none for what is not forced, and for questions in dry run. It counts what cannot be told.
+func (g Guard) removalsOf(e *auditlog.Event, untold *Untold) []Removal {
+	path, ok := pathOf(e)
+	if !ok {
+		return nil
+	}
+	r := request{Event: e, guard: g, path: path}
+	r.read()
+	if r.dryRun {
+		return nil
+	}
+	if decided := r.decided(untold); len(decided) > 0 {
+		// The guard may have been asked about some of a collection only.
+		if path == webhook.PathCollection && e.Succeeded() && !ownKubelet(e) {
+			decided = append(decided, r.undecided(untold)...)
+		}
+		return slices.DeleteFunc(decided, func(row Removal) bool {
+			return row.Reason == string(webhook.ReasonNotForced) || row.Reason == string(webhook.ReasonOwnKubelet)
+		})
+	}
+	if strings.Contains(e.ResponseStatus.Message, `failed calling webhook "`+webhookName+`"`) && !e.Succeeded() {
+		return []Removal{r.refusedByServer()}
+	}
+	if !e.Succeeded() || ownKubelet(e) {
+		return nil
+	}
+	return r.undecided(untold)
+}
+
+// ownKubelet says whether a kubelet has done it: the API server lets it remove pods of its own node only.
+func ownKubelet(e *auditlog.Event) bool {
+	return strings.HasPrefix(e.Actor().Username, "system:node:") && slices.Contains(e.Actor().Groups, "system:nodes") && e.Verb == "delete"
+}
+
+// pathUpdate is a change of a pod; only what it changes tells by which way that takes something away.
+const pathUpdate webhook.Path = "update"
+
+// pathOf says by which way a request may take a pod or its address away.
+func pathOf(e *auditlog.Event) (webhook.Path, bool) {
+	if e.ObjectRef.Resource != "pods" {
+		return "", false
+	}
+	switch e.Verb + " " + e.ObjectRef.Subresource {
+	case "delete ":
+		return webhook.PathDelete, true
+	case "deletecollection ":
+		return webhook.PathCollection, true
+	case "create eviction":
+		return webhook.PathEviction, true
+	case "update ", "patch ", "update status", "patch status":
+		return pathUpdate, true
+	default:
+		return "", false
+	}
+}
+
+// request is a request that may remove pods, read.
+type request struct {
+	*auditlog.Event
+	guard  Guard
+	path   webhook.Path
+	dryRun bool
+	// grace is the grace period that was asked for; nil if none was, or if it is not on record.
+	grace *int64
+	// pods are those that the answer shows.
+	pods []corev1.Pod
+	// listed says that the answer is on record.
+	listed bool
+}
+
+// read takes options and answer out of the event. Options stand in the body or, without one, in the address.
+func (r *request) read() {
+	if address, err := url.ParseRequestURI(r.RequestURI); err == nil {
+		query := address.Query()
+		r.dryRun = len(query["dryRun"]) > 0
+		if seconds, err := strconv.ParseInt(query.Get("gracePeriodSeconds"), 10, 64); err == nil {
+			r.grace = &seconds
+		}
+	}
+	if len(r.RequestObject) > 0 {
+		switch r.path { //nolint:exhaustive // a change has no options
+		case webhook.PathDelete, webhook.PathCollection:
+			r.options(r.RequestObject)
+		case webhook.PathEviction:
+			var eviction policyv1.Eviction
+			if json.Unmarshal(r.RequestObject, &eviction) == nil && eviction.DeleteOptions != nil {
+				r.grace = eviction.DeleteOptions.GracePeriodSeconds
+				r.dryRun = r.dryRun || len(eviction.DeleteOptions.DryRun) > 0
+			}
+		}
+	}
+	if len(r.ResponseObject) > 0 && r.Succeeded() {
+		var answer struct {
+			metav1.TypeMeta
+			Items []corev1.Pod
+		}
+		if json.Unmarshal(r.ResponseObject, &answer) != nil {
+			return
+		}
+		switch answer.Kind {
+		case "PodList":
+			r.pods, r.listed = answer.Items, true
+		case "Pod":
+			var pod corev1.Pod
+			if json.Unmarshal(r.ResponseObject, &pod) == nil {
+				r.pods, r.listed = []corev1.Pod{pod}, true
+			}
+		}
+	}
+}
+
+func (r *request) options(body []byte) {
+	var options struct {
+		GracePeriodSeconds *int64
+		DryRun             []string
+	}
+	if json.Unmarshal(body, &options) == nil {
+		// The body counts alone, where there is one (k8s.io/apiserver pkg/endpoints/handlers/delete.go).
+		r.grace, r.dryRun = options.GracePeriodSeconds, len(options.DryRun) > 0
+	}
+}
+
+// decided are the removals that the guard has decided about.
+func (r *request) decided(untold *Untold) []Removal {
+	var rows []Removal
+	if r.Annotations[guardPrefix+"decision"] != "" {
+		fields := map[string]string{}
+		for key, value := range r.Annotations {
+			if name, ours := strings.CutPrefix(key, guardPrefix); ours {
+				fields[name] = value
+			}
+		}
+		rows = append(rows, r.row(fields))
+	}
+	for key, value := range r.Annotations {
+		name, ours := strings.CutPrefix(key, guardPrefix+collectionPrefix)
+		if !ours {
+			continue
+		}
+		fields := map[string]string{}
+		// An audit backend that cuts long values may have cut this one.
+		if json.Unmarshal([]byte(value), &fields) != nil || fields["pod-uid"] != name {
+			untold.Records++
+			continue
+		}
+		rows = append(rows, r.row(fields))
+	}
+	return rows
+}
+
+// row is a removal as the guard has recorded it.
+func (r *request) row(fields map[string]string) Removal {
+	row := r.base()
+	if namespace, name, found := strings.Cut(fields["pod"], "/"); found {
+		row.Namespace, row.Pod = namespace, name
+	}
+	row.UID, row.Node, row.Mode, row.Path = fields["pod-uid"], fields["node"], fields["mode"], fields["path"]
+	row.Verdict, row.Decision, row.Reason = fields["verdict"], Decision(fields["decision"]), fields["reason"]
+	row.Evidence, row.OverrideReason = fields["evidence"], fields["override-reason"]
+	if ips := fields["pod-ips"]; ips != "" {
+		row.Addresses = strings.Split(ips, ",")
+	}
+	return row
+}
+
+// base is what every removal of the request has.
+func (r *request) base() Removal {
+	row := Removal{
+		Time: r.Received, User: r.Actor().Username, UserAgent: r.UserAgent, SourceIPs: r.SourceIPs,
+		Namespace: r.ObjectRef.Namespace, Pod: r.ObjectRef.Name, UID: r.ObjectRef.UID, Path: string(r.path),
+		Verdict: string(sandbox.NotAsked), Code: r.ResponseStatus.Code, AuditID: r.AuditID,
+	}
+	if r.User.Username != row.User {
+		row.ImpersonatedBy = r.User.Username
+	}
+	return row
+}
+
+// refusedByServer is a removal that the API server has refused, because no webhook answered. For a collection it does not say
+// at which pod.
+func (r *request) refusedByServer() Removal {
+	row := r.base()
+	row.Decision, row.Reason, row.Inferred = Unanswered, ReasonWebhookDown, true
+	if path, found := r.updatePath(); found && r.path == pathUpdate {
+		row.Path = string(path)
+	}
+	return row
+}
+
+// undecided are the removals that went through without a decision.
+func (r *request) undecided(untold *Untold) []Removal {
+	switch r.path {
+	case pathUpdate:
+		return r.undecidedUpdate()
+	case webhook.PathEviction:
+		if r.grace == nil || *r.grace != 0 {
+			untold.Evictions++
+			return nil
+		}
+		return []Removal{r.slipped(nil)}
+	case webhook.PathCollection:
+		if !r.listed {
+			untold.Collections++
+		}
+	default:
+		if !r.listed && r.grace != nil && *r.grace == 0 {
+			return []Removal{r.slipped(nil)}
+		}
+		if !r.listed {
+			untold.Deletes++
+		}
+	}
+	var rows []Removal
+	for _, pod := range r.pods {
+		if _, recorded := r.Annotations[guardPrefix+collectionPrefix+string(pod.UID)]; recorded {
+			continue // if only by a record that was cut off, which is counted
+		}
+		if reason, alone := webhook.LeftAlone(r.path, &pod, r.grace, r.Actor()); alone && reason == webhook.ReasonNotForced {
+			continue
+		}
+		rows = append(rows, r.slipped(&pod))
+	}
+	return rows
+}
+
+// undecidedUpdate is a change that gives a pod the label by which Terway lets go of it, or takes the guard's finalizer from it, though
+// the guard was not asked. Of an update, which has the whole object, only the API server's own notes tell that it changes one of them.
+func (r *request) undecidedUpdate() []Removal {
+	path, found := r.updatePath()
+	_, overridden := r.Annotations[policyReason]
+	if !found || r.Verb == "update" && !overridden && !r.failedOpen() || strings.HasPrefix(r.Actor().Username, "system:serviceaccount:"+r.guard.Namespace+":") {
+		return nil
+	}
+	row := r.slipped(nil)
+	row.Path = string(path)
+	return []Removal{row}
+}
+
+// updatePath tells the two ways apart that are an update.
+func (r *request) updatePath() (webhook.Path, bool) {
+	w, ok := readWritten(r.RequestObject)
+	if label := w.Metadata.Labels[webhook.IgnoreLabel]; ok && label != nil && *label == "true" {
+		return webhook.PathIgnoreLabel, true
+	}
+	// A JSON patch takes a finalizer away by its number. Only the API server's notes tell then that it was the guard's.
+	body := string(r.RequestObject)
+	if strings.Contains(body, webhook.Finalizer) || strings.Contains(body, "finalizers") && (r.failedOpen() || r.Annotations[policyReason] != "") {
+		return webhook.PathFinalizer, true
+	}
+	return "", false
+}
+
+// slipped is a removal that the guard was not asked about: of a pod that it leaves alone, with an override that the API server has
+// checked by itself, or past the guard. Without the pod nobody can tell whether the guard would have left it alone.
+func (r *request) slipped(pod *corev1.Pod) Removal {
+	row := r.base()
+	row.Decision, row.Reason, row.Inferred = SlippedPast, ReasonNoTrace, true
+	if pod != nil {
+		row.Namespace, row.Pod, row.UID, row.Node = pod.Namespace, pod.Name, string(pod.UID), pod.Spec.NodeName
+		for _, ip := range pod.Status.PodIPs {
+			row.Addresses = append(row.Addresses, ip.IP)
+		}
+		if reason, alone := webhook.LeftAlone(r.path, pod, r.grace, r.Actor()); alone {
+			row.Decision, row.Reason = Decision(webhook.Exempt), string(reason)
+		}
+	}
+	switch reason, overridden := r.Annotations[policyReason]; {
+	case row.Namespace == r.guard.Namespace:
+		row.Decision, row.Reason = Decision(webhook.Exempt), ReasonGuardNamespace
+	case slices.Contains(r.guard.Exempt, row.Namespace):
+		row.Decision, row.Reason = Decision(webhook.Exempt), ReasonExemptNamespace
+	case overridden:
+		row.Decision, row.Reason, row.OverrideReason = Decision(webhook.Overridden), string(webhook.ReasonOverride), reason
+	case row.Decision == SlippedPast && r.failedOpen():
+		row.Reason = ReasonWebhookDown
+	}
+	return row
+}
+
+// failedOpen says whether the API server went on without an answer of the guard's webhook.
+func (r *request) failedOpen() bool {
+	for key, value := range r.Annotations {
+		if strings.HasPrefix(key, failedOpenPrefix) && value == webhookName {
+			return true
+		}
+	}
+	return false
+}

@@ -1,0 +1,293 @@
+package review
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"os"
+	"reflect"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/klauspost/compress/gzip"
+
+	"github.com/eni-guard/eni-guard/internal/auditlog"
+)
+
+// The logs in testdata come from the API server of hack/cluster: every-way from TestTheReviewTellsWhatWasDone in test/e2e, which
+// has noted in every-way.txt what it did, scenarios from that and from most of the other end-to-end tests after it.
+
+var guard = Guard{Namespace: "eni-guard", Release: "eni-guard"}
+
+// recorded returns the lines of a recorded log.
+func recorded(t testing.TB, name string) []string {
+	t.Helper()
+	file, err := os.Open("testdata/" + name + ".log.gz")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	unpacked, err := gzip.NewReader(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	text, err := io.ReadAll(unpacked)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return slices.Collect(strings.Lines(string(text)))
+}
+
+// reviewed reads logs, each a file, and reports.
+func reviewed(t testing.TB, logs ...[]string) Report {
+	t.Helper()
+	review := New(guard)
+	for _, log := range logs {
+		sources, err := auditlog.Sources(nil, strings.NewReader(strings.Join(log, "")))
+		if err != nil {
+			t.Fatal(err)
+		}
+		reader := &auditlog.Reader{Selection: auditlog.Selection{GuardNamespace: guard.Namespace}, Each: func(e *auditlog.Event) { review.Add(e) }, Strict: true}
+		if _, err := reader.Read(t.Context(), sources); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return review.Report()
+}
+
+// rows are removals as the end-to-end test notes them.
+func rows(removals []Removal) []string {
+	var all []string
+	for _, r := range removals {
+		all = append(all, fmt.Sprintf("%s/%s %s %s %s %s", r.Namespace, r.Pod, r.User, r.Path, r.Decision, r.Reason))
+	}
+	return all
+}
+
+func TestARecordedLogTellsWhatWasDone(t *testing.T) {
+	did, err := os.ReadFile("testdata/every-way.txt")
+	if err != nil {
+		t.Fatal(err)
+	}
+	report := reviewed(t, recorded(t, "every-way"))
+	want := strings.Split(strings.TrimSpace(string(did)), "\n")
+	got := rows(report.Removals)
+	for i := range max(len(want), len(got)) {
+		if i >= len(want) || i >= len(got) || want[i] != got[i] {
+			t.Fatalf("row %d is not as it was done:\n%s\nnot\n%s", i, strings.Join(got, "\n"), strings.Join(want, "\n"))
+		}
+	}
+	counted := map[string]int{}
+	for _, row := range want {
+		counted[strings.Fields(row)[3]]++
+	}
+	for _, count := range report.Totals().Decisions {
+		if counted[count.Name] != count.Count {
+			t.Errorf("%d removals are %s, and %d were made", count.Count, count.Name, counted[count.Name])
+		}
+	}
+	if report.Untold != (Untold{}) {
+		t.Errorf("the policy that the log was recorded with leaves something untold: %+v", report.Untold)
+	}
+	for _, r := range report.Removals {
+		if missing := r.Node == "" || len(r.Addresses) == 0 || r.UID == ""; missing != (r.Decision == Unanswered) {
+			t.Errorf("node %q, addresses %v, UID %q: %s", r.Node, r.Addresses, r.UID, rows([]Removal{r})[0])
+		}
+	}
+}
+
+func TestWhatBecameOfPodsThatStayed(t *testing.T) {
+	var got []string
+	for _, r := range reviewed(t, recorded(t, "every-way")).Removals {
+		if r.Then != nil {
+			got = append(got, fmt.Sprintf("%s %s: %s by %s, override %q, by name %t", r.Pod, r.Decision, strings.TrimSpace(string(r.Then.How)+" "+string(r.Then.Decision)), r.Then.By, r.Then.Override, r.Then.ByName))
+			if r.Then.After <= 0 || r.Then.After > 60 {
+				t.Errorf("%s: %v seconds", r.Pod, r.Then.After)
+			}
+		}
+	}
+	want := []string{
+		`web-0 denied: ended by system:node:node-1, override "", by name false`,
+		`web-1 denied: forced overridden by operator@example.com, override "the node is on fire, ticket 4711", by name false`,
+		`web-2 denied: ended by system:node:node-1, override "", by name false`,
+		`web-0 held: freed by system:serviceaccount:eni-guard:eni-guard-webhook, override "", by name false`,
+		`web-3 unanswered: ended by system:node:node-1, override "", by name true`,
+	}
+	if !slices.Equal(got, want) {
+		t.Errorf("%s\nnot\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
+	}
+}
+
+func TestWhoWeakenedTheGuard(t *testing.T) {
+	var got []string
+	for _, c := range reviewed(t, recorded(t, "every-way")).Changes {
+		if c.Weakens {
+			got = append(got, fmt.Sprintf("%s %s: %s", c.User, strings.ReplaceAll(c.Object, "e2e-testthereviewtellswhatwasdone-", ""), c.What))
+		}
+	}
+	want := []string{
+		"kubernetes-admin namespace 77rtn: mode audit",
+		"kubernetes-admin namespace m95pn: mode off",
+		`kubernetes-admin pod wjk5r/web-1: override: "the node is on fire, ticket 4711"`,
+		"kubernetes-admin deployment eni-guard/eni-guard-webhook: replicas 0",
+		`kubernetes-admin pod wjk5r/web-4: override: "the whole rack is powered off"`,
+		"kubernetes-admin validatingwebhookconfiguration eni-guard: changed, failurePolicy Ignore",
+		"kubernetes-admin validatingwebhookconfiguration eni-guard: deleted",
+	}
+	if !slices.Equal(got, want) {
+		t.Errorf("%s\nnot\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
+	}
+}
+
+// Counted in another way: every decision that the guard has written, except those about what is not forced and about dry runs.
+func TestTheTotalsOfManyScenarios(t *testing.T) {
+	log := recorded(t, "scenarios")
+	want := map[string]int{}
+	for _, line := range log {
+		var event struct {
+			RequestURI    string
+			RequestObject json.RawMessage
+			Annotations   map[string]string
+		}
+		if err := json.Unmarshal([]byte(line), &event); err != nil {
+			t.Fatal(err)
+		}
+		if bytes.Contains(event.RequestObject, []byte(`"dryRun":[`)) {
+			continue
+		}
+		for key, value := range event.Annotations {
+			fields := map[string]string{"decision": value, "reason": event.Annotations["force-delete.eni-guard.io/reason"]}
+			if strings.HasPrefix(key, "force-delete.eni-guard.io/pod.") {
+				if err := json.Unmarshal([]byte(value), &fields); err != nil {
+					t.Fatal(err)
+				}
+			} else if key != "force-delete.eni-guard.io/decision" {
+				continue
+			}
+			if fields["reason"] != "NotForced" {
+				want[fields["decision"]]++
+			}
+		}
+	}
+	got := map[string]int{}
+	for _, r := range reviewed(t, log).Removals {
+		if !r.Inferred {
+			got[string(r.Decision)]++
+		}
+	}
+	if !reflect.DeepEqual(got, want) || len(want) != 6 {
+		t.Errorf("%v, not %v", got, want)
+	}
+}
+
+// What the selection leaves out before parsing tells nothing.
+func TestNothingThatMattersIsLeftOut(t *testing.T) {
+	for _, name := range []string{"every-way", "scenarios"} {
+		log := recorded(t, name)
+		spaced := make([]string, len(log))
+		for i, line := range log {
+			// With a space after the brace, a line is not what the API server writes, and is parsed.
+			spaced[i] = "{ " + line[1:]
+		}
+		same(t, name, reviewed(t, spaced), reviewed(t, log))
+	}
+}
+
+// withoutThen is a report without what needs the whole log: what became of pods, and why something slipped past.
+func withoutThen(r Report) Report {
+	for i := range r.Removals {
+		row := &r.Removals[i]
+		row.Then = nil
+		if row.Decision == SlippedPast {
+			row.Reason, row.Mode = "", ""
+		}
+		if row.Inferred {
+			row.Mode = ""
+		}
+	}
+	return r
+}
+
+func same(t *testing.T, what string, got, want Report) {
+	t.Helper()
+	if len(want.Removals) == 0 || !reflect.DeepEqual(got, want) {
+		t.Fatalf("%s: %d removals and %d changes, not the same %d and %d", what, len(got.Removals), len(got.Changes), len(want.Removals), len(want.Changes))
+	}
+}
+
+func TestPropertiesOfReports(t *testing.T) {
+	log := recorded(t, "scenarios")
+	whole := reviewed(t, log)
+	random := rand.New(rand.NewPCG(1, 2))
+	for range 3 {
+		cut := random.IntN(len(log))
+		a, b := log[:cut], log[cut:]
+		same(t, "two files", reviewed(t, a, b), whole)
+		same(t, "two files in the other order", reviewed(t, b, a), whole)
+		// Each by itself: together they have every row of the whole, and no other.
+		first, second := withoutThen(reviewed(t, a)), withoutThen(reviewed(t, b))
+		both := slices.Concat(first.Removals, second.Removals)
+		slices.SortStableFunc(both, func(x, y Removal) int { return x.Time.Compare(y.Time) })
+		sum, all := map[string]int{}, map[string]int{}
+		for i, row := range withoutThen(reviewed(t, log)).Removals {
+			all[fmt.Sprintf("%+v", row)]++
+			sum[fmt.Sprintf("%+v", both[i])]++
+		}
+		if len(both) != len(whole.Removals) || !reflect.DeepEqual(sum, all) {
+			t.Fatalf("the rows of lines 1 to %d and of those after it are not the rows of all", cut)
+		}
+		// Rotated files that overlap, as where one was copied while it was written.
+		overlap := min(len(log), cut+random.IntN(len(log)))
+		same(t, "overlapping files", reviewed(t, log[:overlap], b), whole)
+		shuffled := slices.Clone(log)
+		random.Shuffle(len(shuffled), func(i, j int) { shuffled[i], shuffled[j] = shuffled[j], shuffled[i] })
+		same(t, "shuffled lines", reviewed(t, shuffled), whole)
+	}
+}
+
+// The stages of one request are one row, in any order; a panic counts only where nothing else tells how the request ended.
+func TestStagesOfOneRequestAreOneRow(t *testing.T) {
+	log := recorded(t, "every-way")
+	whole := reviewed(t, log)
+	var staged []string
+	for _, line := range log {
+		received := strings.Replace(line, `"stage":"ResponseComplete"`, `"stage":"RequestReceived"`, 1)
+		panicked := strings.Replace(line, `"stage":"ResponseComplete"`, `"stage":"Panic"`, 1)
+		staged = append(staged, received, panicked, line, strings.Replace(received, "RequestReceived", "ResponseStarted", 1))
+	}
+	same(t, "all stages", reviewed(t, staged), whole)
+	slices.Reverse(staged)
+	same(t, "all stages, in the other order", reviewed(t, staged), whole)
+	onlyPanics := make([]string, len(log))
+	for i, line := range log {
+		onlyPanics[i] = strings.Replace(line, `"stage":"ResponseComplete"`, `"stage":"Panic"`, 1)
+	}
+	same(t, "panics", reviewed(t, onlyPanics), whole)
+}
+
+// A client chooses the audit ID of its request, and must not hide one removal behind another.
+func TestOneAuditIDForTwoRequests(t *testing.T) {
+	one := `{"kind":"Event","apiVersion":"audit.k8s.io/v1","level":"Metadata","auditID":"1","stage":"ResponseComplete","requestURI":"/api/v1/namespaces/shop/pods/web-0?gracePeriodSeconds=0",` +
+		`"verb":"delete","user":{"username":"jo"},"objectRef":{"resource":"pods","namespace":"shop","name":"web-0"},"responseStatus":{"code":200},"requestReceivedTimestamp":"2026-11-25T01:02:03.000004Z"}` + "\n"
+	if n := len(reviewed(t, []string{one, one}).Removals); n != 1 {
+		t.Errorf("the same twice is %d rows", n)
+	}
+	if n := len(reviewed(t, []string{one, strings.ReplaceAll(one, "web-0", "web-1")}).Removals); n != 2 {
+		t.Errorf("two removals are %d rows", n)
+	}
+}
+
+// A collection delete that is refused at one pod has removed those before it.
+func TestACollectionThatIsRefusedInTheMiddle(t *testing.T) {
+	record := func(pod, decision string) string {
+		return guardPrefix + "pod." + pod + `={"decision":"` + decision + `","path":"collection","pod-uid":"` + pod + `","pod":"shop/` + pod + `","reason":"x"}`
+	}
+	for _, r := range guard.removalsOf(event("deletecollection  409", "", `{"gracePeriodSeconds":0}`, "", record("a", "allowed"), record("b", "denied")), &Untold{}) {
+		if r.Gone() != (r.Pod == "a") {
+			t.Errorf("%s: gone %t", r.Pod, r.Gone())
+		}
+	}
+}
