@@ -12,6 +12,8 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/eni-guard/eni-guard/internal/agent"
+	"github.com/eni-guard/eni-guard/internal/audit"
+	"github.com/eni-guard/eni-guard/internal/exitstatus"
 	"github.com/eni-guard/eni-guard/internal/version"
 	"github.com/eni-guard/eni-guard/webhook"
 )
@@ -19,20 +21,55 @@ import (
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
+	// Who cannot wait for an orderly end signals again.
+	context.AfterFunc(ctx, stop)
+	os.Exit(exitStatus(newCommand().ExecuteContext(ctx)))
+}
+
+func newCommand() *cobra.Command {
 	root := &cobra.Command{
 		Use:           "eni-guard",
 		Short:         "Guards pods against forced removal while their sandbox is still alive on the node",
 		SilenceUsage:  true,
 		SilenceErrors: true,
 		Args:          cobra.NoArgs,
-		// Exit with 1, so that a container without a command does not look completed.
+		// With an error, so that a container without a command does not look completed.
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return errors.Join(cmd.Help(), errors.New("a command is missing"))
+			return exitstatus.With(exitstatus.Usage, errors.Join(cmd.Help(), errors.New("a command is missing")))
 		},
 	}
-	root.AddCommand(webhook.NewCommand(), agent.NewCommand(), version.NewCommand())
-	if err := root.ExecuteContext(ctx); err != nil {
+	root.AddCommand(webhook.NewCommand(), agent.NewCommand(), agent.NewInspectCommand(), audit.NewCommand(), webhook.NewCheckCommand(), version.NewCommand())
+	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return exitstatus.With(exitstatus.Usage, err) })
+	refuseWrongArguments(root)
+	return root
+}
+
+// refuseWrongArguments lets a command, and all below it, end with exitstatus.Usage where its arguments are wrong.
+func refuseWrongArguments(cmd *cobra.Command) {
+	check := cmd.Args
+	cmd.Args = func(cmd *cobra.Command, args []string) error {
+		if err := check(cmd, args); err != nil {
+			return exitstatus.With(exitstatus.Usage, err)
+		}
+		return nil
+	}
+	for _, below := range cmd.Commands() {
+		refuseWrongArguments(below)
+	}
+}
+
+// exitStatus says what went wrong, if anything, and how to end. A command that has said all by its status says no more.
+func exitStatus(err error) int {
+	status, told := errors.AsType[exitstatus.Error](err)
+	if _, all := err.(exitstatus.Error); err != nil && !all { //nolint:errorlint // one that is wrapped has more to say
 		fmt.Fprintln(os.Stderr, "eni-guard: "+err.Error())
-		os.Exit(1)
+	}
+	switch {
+	case told:
+		return int(status)
+	case err != nil:
+		return 1
+	default:
+		return 0
 	}
 }

@@ -28,6 +28,9 @@ const (
 	answerMargin = 500 * time.Millisecond
 	// maxQuestions bounds how many questions one agent is asked at once, and how many connections to it are kept.
 	maxQuestions = 8
+	// maxIdle bounds the connections to all agents that are kept though nobody asks: each takes some 50 KiB, and a collection
+	// delete over a large cluster asks thousands of agents once (test/scale).
+	maxIdle = 256
 	// maxWaits bounds how many questions wait for the release of pods of one node.
 	maxWaits = 16
 	// maxReportBytes bounds what is read of an answer.
@@ -45,7 +48,7 @@ type agents struct {
 	questions, waits nodeSlots
 }
 
-func newAgents(port string, timeout time.Duration, certificates mtls.Dir) *agents {
+func newAgents(port string, timeout time.Duration, certificates mtls.Source) *agents {
 	return &agents{
 		port:      port,
 		timeout:   timeout,
@@ -53,7 +56,8 @@ func newAgents(port string, timeout time.Duration, certificates mtls.Dir) *agent
 		waits:     nodeSlots{limit: maxWaits},
 		http: &http.Client{
 			Transport: &http.Transport{
-				DialTLSContext:      certificates.Dialer(&net.Dialer{Timeout: timeout, KeepAlive: 30 * time.Second}, mtls.AgentName),
+				DialTLSContext:      mtls.Dialer(certificates, &net.Dialer{Timeout: timeout, KeepAlive: 30 * time.Second}, mtls.AgentName),
+				MaxIdleConns:        maxIdle,
 				MaxIdleConnsPerHost: maxQuestions,
 				IdleConnTimeout:     4 * time.Minute,
 			},

@@ -12,23 +12,26 @@ import (
 	"time"
 
 	"github.com/go-logr/logr"
-	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spf13/cobra"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/labels"
+	"k8s.io/client-go/discovery"
 	toolscache "k8s.io/client-go/tools/cache"
 	"k8s.io/klog/v2"
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/cache"
 	"sigs.k8s.io/controller-runtime/pkg/client"
-	"sigs.k8s.io/controller-runtime/pkg/metrics"
+	ctrlmetrics "sigs.k8s.io/controller-runtime/pkg/metrics"
 	metricsserver "sigs.k8s.io/controller-runtime/pkg/metrics/server"
 	ctrlwebhook "sigs.k8s.io/controller-runtime/pkg/webhook"
 
 	"github.com/eni-guard/eni-guard/internal/agent"
+	"github.com/eni-guard/eni-guard/internal/exitstatus"
 	"github.com/eni-guard/eni-guard/internal/logging"
 	"github.com/eni-guard/eni-guard/internal/mtls"
+	"github.com/eni-guard/eni-guard/internal/pki"
+	"github.com/eni-guard/eni-guard/internal/reach"
 )
 
 type options struct {
@@ -37,11 +40,14 @@ type options struct {
 	metricsAddress string
 	tlsDir         string
 	agentTLSDir    string
+	release        string
+	validity       pki.Settings
 	agentPort      int
 	agentTimeout   time.Duration
 	mode           string
 	nodeGone       bool
 	excludedNodes  []string
+	taintNodes     bool
 	leaseNamespace string
 	log            logging.Options
 }
@@ -54,16 +60,16 @@ func NewCommand() *cobra.Command {
 		Short: "Answer the API server's questions about removals of pods",
 		Long: `The webhook answers AdmissionReviews about removals of pods: one that takes the object out of the API server at once is
 refused, or the object held, until the agent of the pod's node says that nothing of the pod is left there. One of its
-replicas, the leader, frees held pods as soon as that is so.`,
+replicas, the leader, frees held pods as soon as that is so, and keeps new pods away from nodes with leftovers.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			p, err := o.validate()
 			if err != nil {
-				return err
+				return exitstatus.With(exitstatus.Usage, err)
 			}
 			log, err := o.log.Logger()
 			if err != nil {
-				return err
+				return exitstatus.With(exitstatus.Usage, err)
 			}
 			return o.run(cmd.Context(), log, p)
 		},
@@ -75,11 +81,16 @@ replicas, the leader, frees held pods as soon as that is so.`,
 	flags.StringVar(&o.metricsAddress, "metrics-address", ":8080", "where to serve /metrics, HOST:PORT")
 	flags.StringVar(&o.tlsDir, "tls-dir", "/etc/eni-guard/tls", "directory with tls.crt and tls.key to serve the API server with, read again when they change")
 	flags.StringVar(&o.agentTLSDir, "agent-tls-dir", "/etc/eni-guard/agent-tls", "directory with tls.crt, tls.key and ca.crt to ask agents with, read again at every handshake")
+	flags.StringVar(&o.release, "release", "", "name of the Helm release whose certificates the replicas make and rotate, in the Secrets RELEASE-ca, -webhook-tls, -client-tls and -agent-tls of their namespace; without it, somebody else does, in --tls-dir and --agent-tls-dir")
+	flags.DurationVar(&o.validity.Authority, "authority-validity", 3*365*24*time.Hour, "with --release: how long a certificate authority is valid, up to 10 years; it is replaced when a third is left")
+	flags.DurationVar(&o.validity.Leaf, "certificate-validity", 90*24*time.Hour, "with --release: how long a certificate is valid, at most a third of --authority-validity; it is replaced when a third is left")
+	flags.DurationVar(&o.validity.Overlap, "certificate-overlap", time.Hour, "with --release: how long an old and a new authority are trusted side by side, before and after, 5s to 168h, at most a third of --certificate-validity; longer than a changed Secret takes to arrive in a volume")
 	flags.IntVar(&o.agentPort, "agent-port", agent.DefaultPort, "port at which agents answer on their nodes")
 	flags.DurationVar(&o.agentTimeout, "agent-timeout", 5*time.Second, "how long an agent may take to answer, 1s to 25s; keep it well below the timeoutSeconds of the webhook configuration")
 	flags.StringVar(&o.mode, "mode", string(ModeDeny), "what to do about forced removals of pods that are bound, where the label "+ModeLabel+" of the namespace does not say: deny, hold, audit or off")
 	flags.BoolVar(&o.nodeGone, "allow-when-node-is-gone", true, "allow a forced removal where nobody can be asked, because the Node object is gone or has the taint "+corev1.TaintNodeOutOfService)
 	flags.StringArrayVar(&o.excludedNodes, "excluded-nodes", nil, "label selector of nodes without an agent, whose pods are not guarded; may be given again")
+	flags.BoolVar(&o.taintNodes, "taint-nodes", false, "put the taint "+taintWords+" on nodes while something is left on them of pods that are gone; if false, take away those that were put there before")
 	flags.StringVar(&o.leaseNamespace, "lease-namespace", "", "namespace of the lease by which the replicas elect a leader; that of the pod, where it runs in one")
 	o.log.AddFlags(flags)
 	return cmd
@@ -124,6 +135,16 @@ func (o options) validateServing() error {
 	if o.agentTimeout < time.Second || o.agentTimeout > 25*time.Second {
 		return fmt.Errorf("--agent-timeout %s is not between 1s and 25s", o.agentTimeout)
 	}
+	return o.validateCertificates()
+}
+
+func (o options) validateCertificates() error {
+	if o.release != "" {
+		if err := o.validity.Check(); err != nil {
+			return fmt.Errorf("--authority-validity, --certificate-validity, --certificate-overlap: %w", err)
+		}
+		return nil
+	}
 	for _, name := range []string{"tls.crt", "tls.key"} {
 		if _, err := os.Stat(filepath.Join(o.tlsDir, name)); err != nil {
 			return fmt.Errorf("--tls-dir: %w", err)
@@ -144,8 +165,12 @@ func (o options) run(ctx context.Context, log logr.Logger, p policy) error {
 	}
 	namespaces := &metav1.PartialObjectMetadata{}
 	namespaces.SetGroupVersionKind(corev1.SchemeGroupVersion.WithKind("Namespace"))
+	certificates, err := o.certificates()
+	if err != nil {
+		return err
+	}
 	manager, err := ctrl.NewManager(config, ctrl.Options{
-		WebhookServer:          ctrlwebhook.NewServer(ctrlwebhook.Options{Port: o.port, CertDir: o.tlsDir}),
+		WebhookServer:          ctrlwebhook.NewServer(certificates.serving),
 		HealthProbeBindAddress: o.healthAddress,
 		Metrics:                metricsserver.Options{BindAddress: o.metricsAddress},
 		Cache: cache.Options{ByObject: map[client.Object]cache.ByObject{
@@ -157,7 +182,7 @@ func (o options) run(ctx context.Context, log logr.Logger, p policy) error {
 		LeaderElectionID:              "eni-guard-webhook",
 		LeaderElectionNamespace:       o.leaseNamespace,
 		LeaderElectionReleaseOnCancel: true,
-		// Half the time that the kubelet gives, or the lease is not given back and the next leader waits for its end.
+		// With drainTime less than the kubelet gives, or the lease is not given back and the next leader waits for its end.
 		GracefulShutdownTimeout: new(15 * time.Second),
 		// An API server that is away for a moment must not end the leader, which also answers reviews.
 		LeaseDuration: new(20 * time.Second), RenewDeadline: new(15 * time.Second), RetryPeriod: new(3 * time.Second),
@@ -165,43 +190,58 @@ func (o options) run(ctx context.Context, log logr.Logger, p policy) error {
 	if err != nil {
 		return fmt.Errorf("setting up: %w", err)
 	}
-	decisions := prometheus.NewCounterVec(prometheus.CounterOpts{
-		Name: "eni_guard_decisions_total",
-		Help: "Decisions about requests that take a pod, or its address, away.",
-	}, []string{"mode", "decision", "verdict", "path"})
+	counts := newMetrics()
 	guard := &Guard{
 		policy:    p,
 		cached:    manager.GetCache(),
-		live:      manager.GetAPIReader(),
-		agents:    newAgents(strconv.Itoa(o.agentPort), o.agentTimeout, mtls.Dir(o.agentTLSDir)),
-		access:    subjectAccessReviews{manager.GetClient()},
+		live:      timedReader{manager.GetAPIReader(), counts},
+		agents:    countedAgents{newAgents(strconv.Itoa(o.agentPort), o.agentTimeout, certificates.asking), counts},
+		access:    timedAccess{subjectAccessReviews{manager.GetClient()}, counts},
 		holds:     holder{manager.GetClient()},
 		events:    manager.GetEventRecorder("eni-guard"),
-		decisions: decisions,
+		decisions: counts.decisions,
 		phases:    newPhaseWatch(),
 		now:       time.Now,
 	}
-	for _, collector := range []prometheus.Collector{decisions, guard.phases.reports} {
-		if err := metrics.Registry.Register(collector); err != nil {
+	collectors := append(counts.collectors(), guard.phases.reports,
+		heldPodsCollector{pods: manager.GetCache(), elected: manager.Elected(), now: time.Now},
+		mtls.Expiry{"webhook": certificates.inUse, "webhook-to-agents": certificates.asking})
+	for _, collector := range collectors {
+		if err := ctrlmetrics.Registry.Register(collector); err != nil {
 			return err
 		}
 	}
 	// Asked for here, because the manager starts the server only if somebody does.
 	server := manager.GetWebhookServer()
-	server.Register(ReviewPath, guard.Handler(log))
+	ending := drain{told: ctx}
+	server.Register(ReviewPath, ending.closing(counts.timeReviews(guard.Handler(log))))
 
 	// The first request must not be the one that starts a cache and waits for it.
 	for _, object := range []client.Object{&corev1.Node{}, namespaces} {
-		if _, err := manager.GetCache().GetInformer(ctx, object); err != nil {
+		informer, err := manager.GetCache().GetInformer(ctx, object)
+		if err != nil {
 			return fmt.Errorf("watching %T: %w", object, err)
+		}
+		if _, isNode := object.(*corev1.Node); isNode {
+			if _, err := informer.AddEventHandler(counts.forget()); err != nil {
+				return err
+			}
 		}
 	}
 	holds := &holdController{Guard: guard, pods: manager.GetCache(), log: log}
 	modes := &namespaceController{namespaces: manager.GetCache(), events: guard.events, log: log, defaultMode: p.mode}
+	taints := &taintController{
+		enabled: o.taintNodes, nodes: manager.GetCache(), client: manager.GetClient(), events: guard.events, log: log,
+		now: time.Now, changed: map[string]time.Time{},
+	}
 	err = errors.Join(
 		holds.setUp(manager),
 		modes.setUp(manager),
+		taints.setUp(manager),
+		certificates.setUp(manager, log),
 		manager.AddHealthzCheck("alive", func(*http.Request) error { return nil }),
+		manager.AddReadyzCheck("ending", ending.ready),
+		manager.AddReadyzCheck("certificates", certificates.ready),
 		manager.AddReadyzCheck("listener", server.StartedChecker()),
 		manager.AddReadyzCheck("caches", func(r *http.Request) error {
 			if !manager.GetCache().WaitForCacheSync(r.Context()) {
@@ -213,11 +253,16 @@ func (o options) run(ctx context.Context, log logr.Logger, p policy) error {
 	if err != nil {
 		return err
 	}
-	return manager.Start(ctx)
+	api, err := discovery.NewDiscoveryClientForConfig(config)
+	if err != nil {
+		return fmt.Errorf("setting up: %w", err)
+	}
+	go reach.Watch(ctx, log, []reach.Target{reach.APIServer(api.RESTClient())}, "mode", string(p.mode), "agentPort", o.agentPort)
+	return manager.Start(ending.over(log, drainTime))
 }
 
-// trimNodes keeps of a Node what a decision needs; the rest, images above all, would be most of the webhook's memory. Of
-// the labels it keeps those that the selectors ask for.
+// trimNodes keeps of a Node what a decision and the guard's taint need; the rest, images above all, would be most of the
+// webhook's memory. Of the labels it keeps those that the selectors ask for, of the conditions the agent's.
 func trimNodes(selectors []labels.Selector) toolscache.TransformFunc {
 	wanted := map[string]bool{}
 	for _, selector := range selectors {
@@ -240,6 +285,9 @@ func trimNodes(selectors []labels.Selector) toolscache.TransformFunc {
 		}
 		trimmed.Spec.Taints = node.Spec.Taints
 		trimmed.Status.Addresses = node.Status.Addresses
+		if condition := leftovers(node); condition.Type != "" {
+			trimmed.Status.Conditions = []corev1.NodeCondition{condition}
+		}
 		return trimmed, nil
 	}
 }

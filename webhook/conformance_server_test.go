@@ -31,6 +31,7 @@ import (
 	"k8s.io/apimachinery/pkg/util/yaml"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/kubernetes/scheme"
+	"k8s.io/client-go/rest"
 	"sigs.k8s.io/controller-runtime/pkg/envtest"
 )
 
@@ -54,6 +55,7 @@ const auditPolicy = `{
 // apiServer is a kube-apiserver with its etcd and nothing else: no controller, no kubelet.
 type apiServer struct {
 	*kubernetes.Clientset
+	config   *rest.Config
 	version  string
 	etcd     string
 	auditLog string
@@ -96,7 +98,7 @@ func startAPIServer(t *testing.T) *apiServer {
 		}
 	})
 	config.QPS = -1
-	s.Clientset = kubernetes.NewForConfigOrDie(config)
+	s.config, s.Clientset = config, kubernetes.NewForConfigOrDie(config)
 	s.etcd = environment.ControlPlane.Etcd.URL.String()
 	version, err := s.Discovery().ServerVersion()
 	if err != nil {
@@ -234,6 +236,22 @@ func (s *apiServer) install(t *testing.T) {
 // renderChart returns what the chart has about admission for a Kubernetes version.
 func renderChart(t *testing.T, kubernetes string) []runtime.Object {
 	t.Helper()
+	var objects []runtime.Object
+	for _, document := range templateChart(t, kubernetes) {
+		object, kind, err := scheme.Codecs.UniversalDeserializer().Decode(document, nil, nil)
+		if err != nil {
+			t.Fatalf("the chart for Kubernetes %s: %v\n%s", kubernetes, err, document)
+		}
+		if kind.Group == admissionregistrationv1.GroupName {
+			objects = append(objects, object)
+		}
+	}
+	return objects
+}
+
+// templateChart returns all that the chart makes for a Kubernetes version, one YAML document each.
+func templateChart(t *testing.T, kubernetes string) [][]byte {
+	t.Helper()
 	var stderr bytes.Buffer
 	cmd := exec.CommandContext(t.Context(), binary(t, "helm"), "template", "eni-guard", "../charts/eni-guard",
 		"--namespace", "eni-guard", "--kube-version", kubernetes)
@@ -242,22 +260,16 @@ func renderChart(t *testing.T, kubernetes string) []runtime.Object {
 	if err != nil {
 		t.Fatalf("rendering the chart for Kubernetes %s: %v\n%s", kubernetes, err, stderr.String())
 	}
-	var objects []runtime.Object
+	var found [][]byte
 	for documents := yaml.NewYAMLReader(bufio.NewReader(bytes.NewReader(out))); ; {
 		document, err := documents.Read()
 		if errors.Is(err, io.EOF) {
-			return objects
+			return found
 		}
 		if err != nil {
 			t.Fatal(err)
 		}
-		object, kind, err := scheme.Codecs.UniversalDeserializer().Decode(document, nil, nil)
-		if err != nil {
-			t.Fatalf("the chart for Kubernetes %s: %v\n%s", kubernetes, err, document)
-		}
-		if kind.Group == admissionregistrationv1.GroupName {
-			objects = append(objects, object)
-		}
+		found = append(found, document)
 	}
 }
 

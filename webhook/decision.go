@@ -105,7 +105,7 @@ type evidence struct {
 	failure string
 	// nodeGone and nodeOutOfService are what the API server says of the pod's node.
 	nodeGone, nodeOutOfService bool
-	// containersTerminated is what the kubelet has reported of the pod.
+	// containersTerminated is what the kubelet has reported of the pod, where that is enough: removal.containersSuffice.
 	containersTerminated bool
 }
 

@@ -16,10 +16,13 @@ import (
 	"k8s.io/apimachinery/pkg/util/validation"
 )
 
-// answer sends a body to a guard that has a stuck pod, and returns what came back.
-func answer(t *testing.T, body string) *httptest.ResponseRecorder {
+// modes are all that a namespace may be in.
+var modes = []Mode{ModeDeny, ModeHold, ModeAudit, ModeOff}
+
+// answer sends a body to a guard that has a stuck pod in a namespace of a mode, and returns what came back.
+func answer(t *testing.T, mode Mode, body string) *httptest.ResponseRecorder {
 	t.Helper()
-	guard := newGuard(finds(stuck()...), nodeA(), shop(""), runningPod())
+	guard := newGuard(finds(stuck()...), nodeA(), shop(string(mode)), runningPod())
 	guard.access = accessFunc(func(user authenticationv1.UserInfo, _ *corev1.Pod) (bool, error) { return user.Username == "root", nil })
 	request := httptest.NewRequestWithContext(t.Context(), http.MethodPost, ReviewPath+"?timeout=10s", strings.NewReader(body))
 	request.Header.Set("Content-Type", "application/json")
@@ -76,16 +79,17 @@ func FuzzReview(f *testing.F) {
 		f.Add(body)
 	}
 	f.Fuzz(func(t *testing.T, body string) {
-		recorder := answer(t, body)
 		var review admissionv1.AdmissionReview
 		err := json.Unmarshal([]byte(body), &review)
-		if err != nil || review.Kind != "AdmissionReview" || review.APIVersion != "admission.k8s.io/v1" || review.Request == nil || review.Request.UID == "" {
-			if recorder.Code < 400 || recorder.Code > 499 {
+		usable := err == nil && review.Kind == "AdmissionReview" && review.APIVersion == "admission.k8s.io/v1" && review.Request != nil && review.Request.UID != ""
+		for _, mode := range modes {
+			recorder := answer(t, mode, body)
+			if usable {
+				wellFormed(t, recorder, review.Request)
+			} else if recorder.Code < 400 || recorder.Code > 499 {
 				t.Errorf("no AdmissionReview, and answered %d", recorder.Code)
 			}
-			return
 		}
-		wellFormed(t, recorder, review.Request)
 	})
 }
 
@@ -107,14 +111,18 @@ func FuzzOverride(f *testing.F) {
 		if right {
 			request.UserInfo.Username = "root"
 		}
-		recorder := answer(t, reviewBody(t, request))
-		wellFormed(t, recorder, request)
-		var review admissionv1.AdmissionReview
-		if err := json.Unmarshal(recorder.Body.Bytes(), &review); err != nil {
-			t.Fatal(err)
-		}
-		if review.Response.Allowed && (!right || strings.TrimSpace(reason) == "" || utf8.RuneCountInString(strings.ToValidUTF8(reason, "x")) > maxOverrideReason) {
-			t.Errorf("let through with reason %q, until %q, right %v", reason, until, right)
+		unusable := !right || strings.TrimSpace(reason) == "" || utf8.RuneCountInString(strings.ToValidUTF8(reason, "x")) > maxOverrideReason
+		for _, mode := range modes {
+			recorder := answer(t, mode, reviewBody(t, request))
+			wellFormed(t, recorder, request)
+			var review admissionv1.AdmissionReview
+			if err := json.Unmarshal(recorder.Body.Bytes(), &review); err != nil {
+				t.Fatal(err)
+			}
+			overridden := review.Response.AuditAnnotations["decision"] == string(Overridden)
+			if overridden && unusable || mode == ModeDeny && review.Response.Allowed != overridden {
+				t.Errorf("mode %s: allowed %v, overridden %v with reason %q, until %q, right %v", mode, review.Response.Allowed, overridden, reason, until, right)
+			}
 		}
 	})
 }
@@ -128,13 +136,13 @@ func TestHugePods(t *testing.T) {
 		"delete": deleteRequest(t, huge(), new(int64(0))),
 		"update": updateRequest(t, huge(), huge(ignoring), ""),
 	} {
-		recorder := answer(t, reviewBody(t, request))
+		recorder := answer(t, ModeDeny, reviewBody(t, request))
 		wellFormed(t, recorder, request)
 		if recorder.Body.Len() > 64<<10 {
 			t.Errorf("%s: the answer has %d bytes", name, recorder.Body.Len())
 		}
 	}
-	if recorder := answer(t, strings.Repeat(" ", maxReviewBytes+1)); recorder.Code != http.StatusRequestEntityTooLarge {
+	if recorder := answer(t, ModeDeny, strings.Repeat(" ", maxReviewBytes+1)); recorder.Code != http.StatusRequestEntityTooLarge {
 		t.Errorf("got %d for more than any review has", recorder.Code)
 	}
 }

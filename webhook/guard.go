@@ -128,6 +128,7 @@ func (g *Guard) judge(ctx context.Context, r *removal) decision {
 		return exemptDecision(mode, reason)
 	}
 	s := situation{mode: mode, holdable: r.holdable(), evidence: g.evidence(ctx, r.pod, g.agents.ask)}
+	s.containersTerminated = r.containersSuffice()
 	s.override = authorise(ctx, g.access, overrideOf(r.pod, g.now()), r.user, r.pod)
 	return decide(s)
 }
@@ -183,9 +184,9 @@ func selected(selectors []labels.Selector, node *corev1.Node) bool {
 // askFunc is one of the ways to ask an agent.
 type askFunc func(ctx context.Context, address string, query sandbox.Query) (sandbox.Report, error)
 
-// evidence is what is known about a pod: from the agent of its node, from the API server, from its kubelet.
+// evidence is what is known about a pod from the agent of its node and from the API server.
 func (g *Guard) evidence(ctx context.Context, pod *corev1.Pod, ask askFunc) evidence {
-	e := evidence{containersTerminated: containersTerminated(pod)}
+	var e evidence
 	var err error
 	if e.report, err = g.report(ctx, pod, ask); err != nil {
 		e.failure = err.Error()

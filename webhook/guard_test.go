@@ -9,6 +9,7 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/go-logr/logr"
@@ -23,7 +24,6 @@ import (
 	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
-	"k8s.io/apimachinery/pkg/util/wait"
 	"k8s.io/client-go/tools/events"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/client/fake"
@@ -248,6 +248,19 @@ func TestExcludedNodes(t *testing.T) {
 	}
 }
 
+// A cache that lags must not let go the pods of a node that has lost the label since.
+func TestOnlyTheLiveNodeIsExcluded(t *testing.T) {
+	guard := newGuard(nil)
+	guard.excludedNodes = []labels.Selector{labels.SelectorFromSet(labels.Set{"type": "virtual-kubelet"})}
+	guard.cached = newGuard(nil, nodeA(func(n *corev1.Node) { n.Labels = map[string]string{"type": "virtual-kubelet"} })).live
+	for name, live := range map[string]client.Reader{"no longer": newGuard(nil, nodeA()).live, "the API server does not answer": failingReader{}} {
+		guard.live = live
+		if guard.excluded(t.Context(), "node-a") {
+			t.Errorf("%s: excluded", name)
+		}
+	}
+}
+
 func TestANodeThatIsGoneAllowsOnlyWhereThatIsWanted(t *testing.T) {
 	guard := newGuard(nil)
 	guard.allowWhenNodeIsGone = false
@@ -372,6 +385,26 @@ func TestAHeldPodThatLostItsFinalizerGetsItAgain(t *testing.T) {
 	}
 }
 
+// A pod that was held for a request that has failed is about to be given back. An eviction reads it only later, and must
+// not find it without the finalizer; a delete that finds it so is asked about once more.
+func TestAnEvictionHoldsAgain(t *testing.T) {
+	const before = "2026-11-24T02:00:00Z"
+	for path, since := range map[Path]string{PathEviction: "2026-11-24T03:00:00Z", PathDelete: before} {
+		pod := runningPod(keptBy(Finalizer), annotated(HeldSinceAnnotation, before), func(p *corev1.Pod) { p.Labels = map[string]string{HeldLabel: "true"} })
+		guard, stored := holding(t, pod, stuck()...)
+		request := deleteRequest(t, pod, new(int64(0)))
+		if path == PathEviction {
+			request = evictionRequest(t, pod, &metav1.DeleteOptions{GracePeriodSeconds: new(int64(0))})
+		}
+		if response := reviewed(t, guard, nil, request); response.AuditAnnotations["decision"] != "held" {
+			t.Errorf("%s: %v", path, response.AuditAnnotations)
+		}
+		if got := stored().Annotations[HeldSinceAnnotation]; got != since {
+			t.Errorf("%s: held since %s, want %s", path, got, since)
+		}
+	}
+}
+
 func TestHoldLeavesNoTraceInADryRun(t *testing.T) {
 	for name, request := range map[string]func(*corev1.Pod) *admissionv1.AdmissionRequest{
 		"delete": func(pod *corev1.Pod) *admissionv1.AdmissionRequest {
@@ -388,6 +421,9 @@ func TestHoldLeavesNoTraceInADryRun(t *testing.T) {
 		response := reviewed(t, guard, nil, request(stored()))
 		if !response.Allowed || response.AuditAnnotations["decision"] != "held" || stored().ResourceVersion != before || emitted(guard) != 0 {
 			t.Errorf("%s: %v, version %s after %s, %d Events", name, response.AuditAnnotations, stored().ResourceVersion, before, emitted(guard))
+		}
+		if n := testutil.CollectAndCount(guard.decisions); n != 0 {
+			t.Errorf("%s: the metric has %d decisions", name, n)
 		}
 	}
 }
@@ -421,23 +457,32 @@ func TestWhatCannotBeHeldIsRefused(t *testing.T) {
 	})
 }
 
-// An overridden pod goes, held or not; but not before the request that removes it has been answered.
+// An overridden pod goes, held or not; but not before the request that removes it has been answered, and not in a dry run.
 func TestAnOverrideFreesAHeldPod(t *testing.T) {
-	pod := runningPod(terminating(new(int64(0))), annotated(OverrideAnnotation, "node lost"), func(p *corev1.Pod) { p.Finalizers = []string{Finalizer} })
-	guard, _ := holding(t, pod, stuck()...)
-	guard.access = accessFunc(func(authenticationv1.UserInfo, *corev1.Pod) (bool, error) { return true, nil })
-	dry := deleteRequest(t, pod, new(int64(0)))
-	dry.DryRun = new(true)
-	reviewed(t, guard, nil, dry)
-	if response := reviewed(t, guard, nil, deleteRequest(t, pod, new(int64(0)))); response.AuditAnnotations["decision"] != "overridden" || response.AuditAnnotations["override-reason"] != "node lost" {
-		t.Fatalf("got %+v", response)
-	}
-	err := wait.PollUntilContextTimeout(t.Context(), 10*time.Millisecond, 30*time.Second, true, func(ctx context.Context) (bool, error) {
-		return apierrors.IsNotFound(guard.live.Get(ctx, client.ObjectKeyFromObject(pod), &corev1.Pod{})), nil
+	synctest.Test(t, func(t *testing.T) {
+		pod := runningPod(terminating(new(int64(0))), annotated(OverrideAnnotation, "node lost"), keptBy(Finalizer))
+		guard, _ := holding(t, pod, stuck()...)
+		guard.access = accessFunc(func(authenticationv1.UserInfo, *corev1.Pod) (bool, error) { return true, nil })
+		for _, dryRun := range []bool{true, false} {
+			request := deleteRequest(t, pod, new(int64(0)))
+			request.DryRun = new(dryRun)
+			response := reviewed(t, guard, nil, request)
+			if a := response.AuditAnnotations; a["decision"] != "overridden" || a["override-reason"] != "node lost" {
+				t.Fatalf("got %+v", response)
+			}
+			gone := func() bool {
+				return apierrors.IsNotFound(guard.live.Get(t.Context(), client.ObjectKeyFromObject(pod), &corev1.Pod{}))
+			}
+			if gone() {
+				t.Errorf("dry run %v: it is gone before the answer", dryRun)
+			}
+			<-time.After(freeDelay)
+			synctest.Wait()
+			if gone() == dryRun {
+				t.Errorf("dry run %v: gone %v", dryRun, gone())
+			}
+		}
 	})
-	if err != nil {
-		t.Errorf("the pod is still there: %v", err)
-	}
 }
 
 // updateRequest is what the API server sends for UPDATE of pods or, with subresource, of a part.
@@ -466,19 +511,29 @@ func TestUpdatesThatTakeTheAddressAway(t *testing.T) {
 		mode          string
 		decision      string
 		path          string
+		agent         agentFunc // nil: it finds the pod
 	}{
-		{"the label that makes Terway let go", runningPod(), runningPod(ignoring), "deny", "denied", "ignore-label"},
-		{"the label, in mode hold: no finalizer would help", runningPod(), runningPod(ignoring), "hold", "denied", "ignore-label"},
-		{"the label, in mode audit", runningPod(), runningPod(ignoring), "audit", "audited", "ignore-label"},
-		{"the label, on the host's network", runningPod(func(p *corev1.Pod) { p.Spec.HostNetwork = true }), runningPod(ignoring), "deny", "exempt", "ignore-label"},
-		{"the finalizer of a marked pod", runningPod(marked, keptBy(Finalizer)), runningPod(marked), "hold", "denied", "finalizer"},
-		{"the finalizer, and others are left", runningPod(marked, keptBy(Finalizer, "x/y")), runningPod(marked, keptBy("x/y")), "hold", "denied", "finalizer"},
-		{"the finalizer of a pod that its kubelet finishes", runningPod(terminating(new(int64(30))), keptBy(Finalizer)), runningPod(terminating(new(int64(30)))), "hold", "exempt", "finalizer"},
-		{"the finalizer of a pod that is not being deleted", runningPod(keptBy(Finalizer)), runningPod(), "hold", "exempt", "finalizer"},
+		{"the label that makes Terway let go", runningPod(), runningPod(ignoring), "deny", "denied", "ignore-label", nil},
+		{"the label, in mode hold: no finalizer would help", runningPod(), runningPod(ignoring), "hold", "denied", "ignore-label", nil},
+		{"the label, in mode audit", runningPod(), runningPod(ignoring), "audit", "audited", "ignore-label", nil},
+		{"the label, on the host's network", runningPod(func(p *corev1.Pod) { p.Spec.HostNetwork = true }), runningPod(ignoring), "deny", "exempt", "ignore-label", nil},
+		{"the finalizer of a marked pod", runningPod(marked, keptBy(Finalizer)), runningPod(marked), "hold", "denied", "finalizer", nil},
+		{"the finalizer, and others are left", runningPod(marked, keptBy(Finalizer, "x/y")), runningPod(marked, keptBy("x/y")), "hold", "denied", "finalizer", nil},
+		{"the finalizer of a pod that its kubelet finishes", runningPod(terminating(new(int64(30))), keptBy(Finalizer)), runningPod(terminating(new(int64(30)))), "hold", "exempt", "finalizer", nil},
+		{"the finalizer of a pod that is not being deleted", runningPod(keptBy(Finalizer)), runningPod(), "hold", "exempt", "finalizer", nil},
+		{"the label, of a released pod", runningPod(), runningPod(ignoring), "deny", "allowed", "ignore-label", finds()},
+		// What its kubelet says of the containers of a finished pod is not enough to let go of an address.
+		{"the label, of a finished pod, and no answer", ended(), ended(ignoring), "deny", "denied", "ignore-label", noAnswer},
+		{"the finalizer of a released pod", ended(marked, keptBy(Finalizer)), ended(marked), "hold", "allowed", "finalizer", finds()},
+		{"the finalizer of a finished pod, and no answer", ended(marked, keptBy(Finalizer)), ended(marked), "hold", "denied", "finalizer", noAnswer},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			for _, subresource := range []string{"", "status"} {
-				guard := newGuard(finds(stuck()...), nodeA(), shop(test.mode))
+				agent := test.agent
+				if agent == nil {
+					agent = finds(stuck()...)
+				}
+				guard := newGuard(agent, nodeA(), shop(test.mode))
 				response := reviewed(t, guard, nil, updateRequest(t, test.before, test.after, subresource))
 				a := response.AuditAnnotations
 				if a["decision"] != test.decision || a["path"] != test.path || response.Allowed != (test.decision != "denied") {
@@ -537,6 +592,9 @@ func TestATerminalPhaseIsReported(t *testing.T) {
 		finished.Status.Phase = corev1.PodFailed
 		reviewed(t, guard, &lines, updateRequest(t, pod, finished, "status"))
 	}
+	// Neither are those that are not written.
+	request.DryRun = new(true)
+	reviewed(t, guard, &lines, request)
 	if len(lines) != 0 {
 		t.Errorf("logged %q", lines)
 	}

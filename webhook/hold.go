@@ -56,7 +56,8 @@ func (h holder) label(ctx context.Context, pod client.Object) error {
 }
 
 // free takes Finalizer, and what goes with it, from a pod as it was read. A pod that is marked for removal, and has no other
-// finalizer, is gone with it. That the pod is gone already is no error; that it has changed since it was read is one.
+// finalizer, is gone with it. That the pod is gone already is an error of its own (apierrors.IsNotFound), and so is that it has changed
+// since it was read (apierrors.IsConflict).
 func (h holder) free(ctx context.Context, pod client.Object) error {
 	metadata := map[string]any{
 		"uid":                                 pod.GetUID(),
@@ -67,7 +68,7 @@ func (h holder) free(ctx context.Context, pod client.Object) error {
 	if version := pod.GetResourceVersion(); version != "" {
 		metadata["resourceVersion"] = version
 	}
-	return client.IgnoreNotFound(h.patch(ctx, pod, metadata))
+	return h.patch(ctx, pod, metadata)
 }
 
 // freeSoon frees a pod after the request that is being answered. Should that fail, the pod stays held, and the removal can
@@ -79,7 +80,7 @@ func (h holder) freeSoon(log logr.Logger, pod *corev1.Pod) {
 		ctx, cancel := context.WithTimeout(context.Background(), freeTimeout)
 		defer cancel()
 		log = log.WithValues("namespace", pod.Namespace, "pod", pod.Name, "podUID", pod.UID)
-		if err := h.free(ctx, anyVersion); err != nil {
+		if err := h.free(ctx, anyVersion); client.IgnoreNotFound(err) != nil {
 			log.Error(err, "could not free an overridden pod; delete it again, if it is still there")
 			return
 		}

@@ -99,9 +99,6 @@ func (c *holdController) judgeHeld(ctx context.Context, pod *corev1.Pod) decisio
 	e := c.evidence(ctx, pod, func(ctx context.Context, address string, q sandbox.Query) (sandbox.Report, error) {
 		return c.agents.await(ctx, address, q, holdWait)
 	})
-	// What the kubelet reports of the containers says nothing of the sandbox. It is enough to let a finished pod be cleaned up
-	// while its agent is away, but not to give up a pod that was held because it was bound.
-	e.containersTerminated = false
 	return decide(situation{mode: ModeHold, holdable: true, evidence: e})
 }
 
@@ -115,7 +112,7 @@ func (c *holdController) reconcileUnmarked(ctx context.Context, pod *corev1.Pod)
 	// Only as it was read: a removal that has begun since relies on the finalizer.
 	if err := c.holds.free(ctx, pod); apierrors.IsConflict(err) {
 		return reconcile.Result{RequeueAfter: conflictRetry}, nil
-	} else if err != nil {
+	} else if client.IgnoreNotFound(err) != nil {
 		return reconcile.Result{}, err
 	}
 	c.log.Info("no longer holds a pod that is not being deleted", "namespace", pod.Namespace, "pod", pod.Name, "podUID", pod.UID)
@@ -126,7 +123,9 @@ func (c *holdController) reconcileUnmarked(ctx context.Context, pod *corev1.Pod)
 func (c *holdController) release(ctx context.Context, pod *corev1.Pod, d decision) error {
 	anyVersion := pod.DeepCopy()
 	anyVersion.ResourceVersion = ""
-	if err := c.holds.free(ctx, anyVersion); err != nil {
+	if err := c.holds.free(ctx, anyVersion); apierrors.IsNotFound(err) {
+		return nil // it was freed before, and the cache lags behind
+	} else if err != nil {
 		return err
 	}
 	c.log.Info("freed a held pod", "reason", d.reason, "verdict", d.verdict, "namespace", pod.Namespace, "pod", pod.Name, "podUID", pod.UID,

@@ -379,3 +379,17 @@ func TestFindUnlabelledTriesAgain(t *testing.T) {
 		}
 	})
 }
+
+// The cache lags behind: a pod that has been freed may be met there again. It was freed once, and is told of once.
+func TestAPodThatHasBeenFreedIsNotToldOfAgain(t *testing.T) {
+	pod := heldOnNodeA()
+	h := newHoldTest(finds(), nil, pod, nodeA())
+	stale := h.now(t, pod)
+	for range 2 {
+		if err := h.release(t.Context(), stale, decision{reason: ReasonReleased}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	h.expectEvent(t, "nothing of it is left on node node-a")
+	h.expectEvent(t, "")
+}

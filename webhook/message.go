@@ -56,6 +56,9 @@ func finding(pod *corev1.Pod, d decision) string {
 	if len(where) > 0 {
 		text += "; " + strings.Join(where, ", ")
 	}
+	if len(d.report.Conflicts) > 0 {
+		text += "; conflict: " + d.report.Conflicts[0].String()
+	}
 	return text + "."
 }
 
@@ -81,21 +84,36 @@ func goneWords(d decision, node string) string {
 	}
 }
 
-// advice is the next step that is safe.
+// advice is what would happen, and the next step that is safe.
 func advice(r *removal, d decision) []string {
-	pod := r.pod
-	switch {
-	case d.reason == ReasonHoldFailed:
+	switch d.reason {
+	case ReasonHoldFailed:
 		return []string{fmt.Sprintf("Its object was to be kept until its node has let go of it, but that failed: %s. Try again.", d.holdFailure)}
-	case d.reason == ReasonPodUnreadable:
+	case ReasonPodUnreadable:
 		return []string{"An address that may be in use is not given away. Try again."}
-	case d.reason != ReasonBound:
-		return []string{fmt.Sprintf("An address that may be in use is not given away. Look at the agent: `kubectl get pods -A -l app.kubernetes.io/name=eni-guard,"+
-			"app.kubernetes.io/component=agent --field-selector spec.nodeName=%s`; then try again.", pod.Spec.NodeName)}
-	case r.path == PathIgnoreLabel:
-		return []string{fmt.Sprintf("With the label %s=true Terway would free its address while it is in use. Give the label to pods when they are created.", IgnoreLabel)}
+	default:
 	}
-	steps := []string{"Removing the pod now would free its address while it is in use."}
+	removing, labelled := "An address that may be in use is not given away.", "which may be in use"
+	if d.verdict == sandbox.Bound {
+		removing, labelled = "Removing the pod now would free its address while it is in use.", "which is in use"
+	}
+	var steps []string
+	if r.path == PathIgnoreLabel {
+		steps = append(steps, fmt.Sprintf("With the label %s=true Terway would free its address, %s. Give the label to pods when they are created.", IgnoreLabel, labelled))
+	} else {
+		steps = append(append(steps, removing), ending(r, d.report.Findings)...)
+	}
+	if d.verdict != sandbox.Bound {
+		steps = append(steps, fmt.Sprintf("Look at the agent: `kubectl get pods -A -l app.kubernetes.io/name=eni-guard,app.kubernetes.io/component=agent "+
+			"--field-selector spec.nodeName=%s`; then try again.", r.pod.Spec.NodeName))
+	}
+	return steps
+}
+
+// ending is how a pod comes to its end that is, or may be, still on its node.
+func ending(r *removal, findings []sandbox.Finding) []string {
+	pod := r.pod
+	var steps []string
 	switch {
 	case r.path == PathFinalizer:
 		steps = append(steps, "The finalizer holds it, and is taken away as soon as its node has let go of it.")
@@ -104,7 +122,7 @@ func advice(r *removal, d decision) []string {
 	case terminal(pod) && !containersTerminated(pod):
 		// Such a pod is not ended by its kubelet, and to the API server every delete of it is a forced one.
 		steps = append(steps, "Its phase says that it has finished, but its kubelet has not said so of its containers: somebody else has written the phase, or the kubelet is about to.",
-			stopping(d.report.Findings)+"Then, or in a moment, try again.")
+			stopping(findings))
 	case terminal(pod):
 		// For the API server every delete of such a pod is a forced one, --now too.
 		steps = append(steps, fmt.Sprintf("It has finished, and its node is about to let go of it: try again in a moment. If that lasts, the container runtime's log on node %s says why.", pod.Spec.NodeName))
@@ -112,7 +130,7 @@ func advice(r *removal, d decision) []string {
 		steps = append(steps, fmt.Sprintf("Use `kubectl delete pod %s -n %s --now`: the pod then goes as soon as its node has let go of it.", pod.Name, pod.Namespace))
 	}
 	// Any process is in state D for moments; one that was told to end and still is, is stuck.
-	if p := d.report.Findings[0].Process; p != nil && p.Uninterruptible() && pod.DeletionTimestamp != nil {
+	if pod.DeletionTimestamp != nil && len(findings) > 0 && findings[0].Process != nil && findings[0].Process.Uninterruptible() {
 		steps = append(steps, "No signal ends a process in state D: what it waits for must be mended, or the node rebooted.")
 	}
 	return steps
@@ -127,19 +145,28 @@ func overriding(pod *corev1.Pod, o override) string {
 	case flawReason:
 		return fmt.Sprintf("The override on it does not count: %s. With one it does: `%s`, then repeat your command.", o.refused, command)
 	case flawRight:
-		return fmt.Sprintf("The override on it does not count: %s (`kubectl auth can-i override forcedeletes.eni-guard.io -n %s` tells).", o.refused, pod.Namespace)
+		return fmt.Sprintf("The override on it does not count: %s (`kubectl auth can-i --list -n %s` lists it for those who have it).", o.refused, pod.Namespace)
 	default:
 		return fmt.Sprintf("To override, with the right `override` on `forcedeletes.eni-guard.io`: `%s`, then repeat your command.", command)
 	}
+}
+
+// overridesNot says why the override on a pod does not count, where it would have mattered, in words that fit in front of
+// what happens instead.
+func overridesNot(d decision) string {
+	if d.override.refused == "" || d.outcome == Allowed {
+		return ""
+	}
+	return "the override does not count: " + d.override.refused + "; "
 }
 
 // warning is what somebody is told whose request goes through although the pod is, or may be, bound.
 func warning(r *removal, d decision) string {
 	switch d.outcome {
 	case Held:
-		return "held until its node has let go of it: " + finding(r.pod, d)
+		return overridesNot(d) + "held until its node has let go of it: " + finding(r.pod, d)
 	case Audited:
-		return "eni-guard would refuse this, but only records it: " + finding(r.pod, d)
+		return overridesNot(d) + "eni-guard would refuse this, but only records it: " + finding(r.pod, d)
 	case Overridden:
 		if d.verdict != sandbox.Released {
 			return "overridden: " + summary(r.pod, d)
@@ -152,9 +179,9 @@ func warning(r *removal, d decision) string {
 // stopping is how a sandbox is ended by hand, where it is known.
 func stopping(findings []sandbox.Finding) string {
 	if id := firstSandbox(findings); id != "" {
-		return "To end it, run `crictl stopp " + sandbox.ShortID(id) + "` on its node. "
+		return "To end it, run `crictl stopp " + sandbox.ShortID(id) + "` on its node. Then, or in a moment, try again."
 	}
-	return ""
+	return "Try again in a moment."
 }
 
 func firstSandbox(findings []sandbox.Finding) string {

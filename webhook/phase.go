@@ -7,7 +7,6 @@ import (
 	"github.com/go-logr/logr"
 	"github.com/prometheus/client_golang/prometheus"
 	corev1 "k8s.io/api/core/v1"
-	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/eni-guard/eni-guard/internal/sandbox"
 )
@@ -63,10 +62,8 @@ func (g *Guard) watchPhase(log logr.Logger, r *removal) {
 		g.phases.reports.Inc()
 		log.Info("terminal phase while bound", "evidence", evidenceWords(d))
 		note := clip("user "+r.user.Username+" has written a terminal phase, but "+finding(r.pod, d), maxEventNote)
-		// Events of nodes carry the name as UID, as the kubelet's do: kubectl describe looks for that.
-		node := &corev1.ObjectReference{APIVersion: "v1", Kind: "Node", Name: r.pod.Spec.NodeName, UID: types.UID(r.pod.Spec.NodeName)}
 		// Events about the same thing are put together, so that of the node names the pod: a second pod is another thing.
 		g.events.Eventf(reference(r.pod), nil, corev1.EventTypeWarning, "TerminalPhaseWhileBound", "WritePhase", "%s", note)
-		g.events.Eventf(node, reference(r.pod), corev1.EventTypeWarning, "TerminalPhaseWhileBound", "WritePhase", "%s", note)
+		g.events.Eventf(nodeReference(r.pod.Spec.NodeName), reference(r.pod), corev1.EventTypeWarning, "TerminalPhaseWhileBound", "WritePhase", "%s", note)
 	}()
 }

@@ -31,7 +31,7 @@ func TestCallsOfOneRemovalGetOneDecision(t *testing.T) {
 		{"a released pod, marked, late", Allowed, func(r *removal) {
 			r.pod.DeletionTimestamp, r.pod.DeletionGracePeriodSeconds, r.pod.ResourceVersion = &metav1.Time{}, new(int64(0)), "2"
 		}, conflictWindow, true},
-		{"the label that frees the address, given again", Allowed, func(r *removal) { r.path, r.pod.ResourceVersion = PathIgnoreLabel, "2" }, 0, false},
+		{"another way in, by the label", Allowed, func(r *removal) { r.path, r.pod.ResourceVersion = PathIgnoreLabel, "2" }, 0, false},
 		{"a graceful delete after a forced one", Denied, func(r *removal) {
 			r.pod.Spec.NodeName, r.pod.Spec.TerminationGracePeriodSeconds, r.pod.ResourceVersion = "node-a", new(int64(30)), "2"
 		}, 0, false},
@@ -57,6 +57,30 @@ func TestCallsOfOneRemovalGetOneDecision(t *testing.T) {
 			}
 		})
 	}
+	// It is not known whether the pod was given back its sandbox in between: an UPDATE makes no mark that would tell.
+	t.Run("the label that frees the address, given again", func(t *testing.T) {
+		var m recentDecisions
+		labelled := first()
+		labelled.path = PathIgnoreLabel
+		m.put(labelled, decision{outcome: Allowed}, testTime)
+		if _, got := m.get(labelled, testTime); !got {
+			t.Error("the same call once more is judged anew")
+		}
+		labelled.pod.ResourceVersion = "2"
+		if _, got := m.get(labelled, testTime); got {
+			t.Error("the decision about another state counts")
+		}
+	})
+	// In its latest state the pod may well be held.
+	t.Run("a pod that could not be held", func(t *testing.T) {
+		var m recentDecisions
+		m.put(first(), decision{outcome: Denied, reason: ReasonHoldFailed}, testTime)
+		next := first()
+		next.pod.ResourceVersion = "2"
+		if _, got := m.get(next, testTime); got {
+			t.Error("the failure counts for another state")
+		}
+	})
 	t.Run("a question before it", func(t *testing.T) {
 		var m recentDecisions
 		asked := first()

@@ -189,6 +189,14 @@ func (r *removal) mustAddFinalizer() bool {
 	return !held(r.pod) || unknown || r.path == PathEviction && r.pod.DeletionTimestamp == nil
 }
 
+// containersSuffice says whether what the kubelet has reported of the containers is enough where the agent cannot tell. It says
+// nothing of the sandbox, so it is enough only to let a finished pod be cleaned up: not to give up one that is held because
+// it was bound, nor one that is being deleted, which its kubelet removes by itself when the sandbox is gone; and an address is
+// never freed by a label for it.
+func (r *removal) containersSuffice() bool {
+	return r.path != PathIgnoreLabel && r.pod.DeletionTimestamp == nil && !held(r.pod) && containersTerminated(r.pod)
+}
+
 // query is what an agent is asked about the pod.
 func query(pod *corev1.Pod) sandbox.Query {
 	return sandbox.Query{Node: pod.Spec.NodeName, Namespace: pod.Namespace, Name: pod.Name, UID: string(pod.UID), IPs: podIPs(pod)}
@@ -228,8 +236,7 @@ func held(pod *corev1.Pod) bool { return slices.Contains(pod.Finalizers, Finaliz
 
 // containersTerminated says whether the pod is finished, and the kubelet has reported every container of it, of every kind,
 // terminated. The phase alone does not say so, because controllers write phases too; the containers alone neither, because
-// between two starts of a container it is terminated as well. A pod that is being deleted without being finished is not
-// meant: there its kubelet is at work, and removes it when the sandbox is gone.
+// between two starts of a container it is terminated as well.
 func containersTerminated(pod *corev1.Pod) bool {
 	if !terminal(pod) {
 		return false

@@ -11,6 +11,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/eni-guard/eni-guard/internal/sandbox"
 )
@@ -112,11 +113,14 @@ func failures(d decision) []string {
 	return all
 }
 
-// evidenceWords is what was found, what could not be found out, and why an override does not count, within bounds.
+// evidenceWords is what was found, who else has the addresses, what could not be found out, and why an override does not count, within bounds.
 func evidenceWords(d decision) string {
 	var words []string
 	for _, finding := range d.report.Findings[:min(len(d.report.Findings), maxEvidence)] {
 		words = append(words, finding.String())
+	}
+	for _, conflict := range d.report.Conflicts[:min(len(d.report.Conflicts), maxEvidence)] {
+		words = append(words, "conflict: "+conflict.String())
 	}
 	words = append(words, failures(d)...)
 	if d.override.refused != "" {
@@ -127,7 +131,7 @@ func evidenceWords(d decision) string {
 
 // eventNote is what an Event says: who, and what was found.
 func eventNote(r *removal, d decision) string {
-	note := fmt.Sprintf("user %s: %s", r.user.Username, summary(r.pod, d))
+	note := fmt.Sprintf("user %s: %s%s", r.user.Username, overridesNot(d), summary(r.pod, d))
 	if d.outcome == Overridden {
 		note += fmt.Sprintf(" Override: %q.", d.override.reason)
 	}
@@ -151,6 +155,11 @@ func userReference(user authenticationv1.UserInfo) *corev1.ObjectReference {
 // reference points an Event at a pod.
 func reference(pod *corev1.Pod) *corev1.ObjectReference {
 	return &corev1.ObjectReference{APIVersion: "v1", Kind: "Pod", Namespace: pod.Namespace, Name: pod.Name, UID: pod.UID}
+}
+
+// nodeReference points an Event at a node. It carries the name as UID, as the kubelet's do: kubectl describe looks for that.
+func nodeReference(name string) *corev1.ObjectReference {
+	return &corev1.ObjectReference{APIVersion: "v1", Kind: "Node", Name: name, UID: types.UID(name)}
 }
 
 // annotations are what the audit log keeps of a decision, by the keys of the contract in docs/design.md.

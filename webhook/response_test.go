@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"unicode/utf8"
 
 	authenticationv1 "k8s.io/api/authentication/v1"
 	corev1 "k8s.io/api/core/v1"
@@ -37,6 +38,10 @@ func stuck() []sandbox.Finding {
 // What people read is the user interface: every message stands in testdata as it is printed.
 func TestMessages(t *testing.T) {
 	bound, unknown := evidence{report: allProbes(stuck()...)}, evidence{failure: "the agent of node node-a did not answer within 5s at 192.0.2.7:9807"}
+	conflicting := allProbes(stuck()...)
+	conflicting.Conflicts = []sandbox.Conflict{{
+		IP: netip.MustParseAddr("10.1.2.3"), Netns: "/run/netns/cni-2", Pod: sandbox.Pod{Namespace: "shop", Name: "payment-0", UID: "11111111-2222-3333-4444-555555555555"},
+	}}
 	with := func(s situation, change func(*situation)) situation { change(&s); return s }
 	expired := override{reason: "node lost", flaw: flawUntil, refused: "it has expired: the annotation eni-guard.io/allow-force-delete-until is 2026-11-24T01:00:00Z, and it is 2026-11-24T03:00:00Z"}
 	right := override{reason: "node lost", flaw: flawRight, refused: `user alice does not have the right "override" on forcedeletes.eni-guard.io in namespace shop`}
@@ -52,6 +57,7 @@ func TestMessages(t *testing.T) {
 		"bound-reading-a-disk":          {PathDelete, runningPod(), denying(bound)},
 		"bound-sandbox-only":            {PathDelete, runningPod(), denying(evidence{report: allProbes(stuck()[3:]...)})},
 		"bound-namespace-only":          {PathDelete, runningPod(), denying(evidence{report: allProbes(sandbox.Finding{Kind: sandbox.NetnsOpen, Netns: "net:[4026532178]"})})},
+		"bound-conflict":                {PathDelete, runningPod(terminating(new(int64(30)))), denying(evidence{report: conflicting})},
 		"bound-in-mode-hold":            {PathDelete, runningPod(terminating(new(int64(30)))), with(denying(bound), func(s *situation) { s.mode = ModeHold })},
 		"bound-eviction":                {PathEviction, runningPod(), denying(bound)},
 		"bound-eviction-of-terminating": {PathEviction, runningPod(terminating(new(int64(30)))), denying(bound)},
@@ -62,13 +68,20 @@ func TestMessages(t *testing.T) {
 		"override-without-a-reason": {PathDelete, runningPod(), with(denying(bound), func(s *situation) {
 			s.override = override{flaw: flawReason, refused: "the annotation eni-guard.io/allow-force-delete gives no reason"}
 		})},
-		"no-answer":       {PathDelete, runningPod(), denying(unknown)},
-		"probe-failed":    {PathDelete, runningPod(), denying(evidence{report: failedProbe()})},
-		"held":            {PathDelete, runningPod(), with(denying(bound), func(s *situation) { s.mode, s.holdable = ModeHold, true })},
-		"held-unknown":    {PathEviction, runningPod(), with(denying(unknown), func(s *situation) { s.mode, s.holdable = ModeHold, true })},
-		"audited":         {PathCollection, runningPod(), with(denying(bound), func(s *situation) { s.mode = ModeAudit })},
-		"audited-unknown": {PathDelete, runningPod(), with(denying(unknown), func(s *situation) { s.mode = ModeAudit })},
-		"overridden":      {PathDelete, runningPod(), with(denying(bound), func(s *situation) { s.override = override{reason: "node lost", authorised: true} })},
+		"released-override-expired":       {PathDelete, runningPod(), with(denying(evidence{report: allProbes()}), func(s *situation) { s.override = expired })},
+		"held-override-without-the-right": {PathDelete, runningPod(), with(denying(bound), func(s *situation) { s.mode, s.holdable, s.override = ModeHold, true, right })},
+		"audited-override-expired":        {PathDelete, runningPod(), with(denying(unknown), func(s *situation) { s.mode, s.override = ModeAudit, expired })},
+		"unknown-running":                 {PathDelete, runningPod(), denying(unknown)},
+		"unknown-terminating":             {PathDelete, runningPod(terminating(new(int64(30)))), denying(unknown)},
+		"unknown-called-finished":         {PathDelete, runningPod(phase(corev1.PodFailed)), denying(unknown)},
+		"unknown-ignore-label":            {PathIgnoreLabel, runningPod(), denying(unknown)},
+		"unknown-finalizer":               {PathFinalizer, runningPod(terminating(new(int64(0)))), denying(unknown)},
+		"probe-failed":                    {PathDelete, runningPod(), denying(evidence{report: failedProbe()})},
+		"held":                            {PathDelete, runningPod(), with(denying(bound), func(s *situation) { s.mode, s.holdable = ModeHold, true })},
+		"held-unknown":                    {PathEviction, runningPod(), with(denying(unknown), func(s *situation) { s.mode, s.holdable = ModeHold, true })},
+		"audited":                         {PathCollection, runningPod(), with(denying(bound), func(s *situation) { s.mode = ModeAudit })},
+		"audited-unknown":                 {PathDelete, runningPod(), with(denying(unknown), func(s *situation) { s.mode = ModeAudit })},
+		"overridden":                      {PathDelete, runningPod(), with(denying(bound), func(s *situation) { s.override = override{reason: "node lost", authorised: true} })},
 	} {
 		t.Run(name, func(t *testing.T) {
 			compareGolden(t, name, &removal{path: test.path, pod: test.pod, user: authenticationv1.UserInfo{Username: "alice"}}, decide(test.situation))
@@ -121,6 +134,19 @@ func compareGolden(t *testing.T, name string, r *removal, d decision) {
 	}
 	if got != string(want) {
 		t.Errorf("got\n%s\nwant (%s; go test -update writes it anew)\n%s", got, golden, want)
+	}
+}
+
+// The README shows a refusal as it is, in shorter lines.
+func TestReadmeShowsARefusal(t *testing.T) {
+	readme, err := os.ReadFile("../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	refused := message(&removal{path: PathDelete, pod: runningPod(terminating(new(int64(30))))}, decide(denying(evidence{report: allProbes(stuck()...)})))
+	inOneLine := func(text string) string { return strings.Join(strings.Fields(text), " ") }
+	if !strings.Contains(inOneLine(string(readme)), inOneLine(refused)) {
+		t.Errorf("README.md does not show this refusal:\n%s", refused)
 	}
 }
 
@@ -196,6 +222,43 @@ func TestAnnotationsStayWithinLimits(t *testing.T) {
 		}
 		if len(value) > 4096 {
 			t.Errorf("the value of %q has %d bytes", key, len(value))
+		}
+	}
+}
+
+// The API server cuts warnings of a collection delete, and takes no Event that is longer; it cuts audit annotations, too.
+func TestWordsStayWithinLimits(t *testing.T) {
+	long := strings.Repeat("n", 253)
+	var many []sandbox.Finding
+	for range maxEvidence {
+		many = append(many, sandbox.Finding{Kind: sandbox.NetnsOpen, Netns: "/run/netns/" + long})
+	}
+	pod := runningPod(func(p *corev1.Pod) { p.Name, p.Namespace, p.Spec.NodeName = long, long, long })
+	reason := strings.Repeat("节", maxOverrideReason)
+	for outcome, s := range map[Outcome]situation{
+		Held:       {mode: ModeHold, holdable: true, override: override{flaw: flawRight, refused: reason}},
+		Audited:    {mode: ModeAudit, override: override{flaw: flawRight, refused: reason}},
+		Overridden: {mode: ModeDeny, override: override{reason: reason, authorised: true}},
+	} {
+		s.report = allProbes(many...)
+		d := decide(s)
+		r := &removal{path: PathDelete, pod: pod, user: authenticationv1.UserInfo{Username: long}}
+		response := respond(r, d)
+		if d.outcome != outcome || len(response.Warnings) != 1 {
+			t.Fatalf("%s, warnings %q", d.outcome, response.Warnings)
+		}
+		for what, c := range map[string]struct {
+			text  string
+			limit int
+		}{
+			"warning":  {response.Warnings[0], 256},
+			"Event":    {eventNote(r, d), 1024},
+			"evidence": {response.AuditAnnotations["evidence"], 2048},
+		} {
+			// It is cut at the limit, and not far below it: no character is longer than four bytes.
+			if n := len(c.text); n > c.limit || n < c.limit-4 || !utf8.ValidString(c.text) || !strings.HasSuffix(c.text, "…") {
+				t.Errorf("%s: the %s has %d bytes, at most %d: %s", outcome, what, n, c.limit, c.text)
+			}
 		}
 	}
 }

@@ -24,6 +24,7 @@ import (
 
 	"github.com/eni-guard/eni-guard/internal/mtls"
 	"github.com/eni-guard/eni-guard/internal/mtls/mtlstest"
+	"github.com/eni-guard/eni-guard/internal/pki"
 	"github.com/eni-guard/eni-guard/internal/sandbox"
 )
 
@@ -147,10 +148,10 @@ func TestMethodMustBePost(t *testing.T) {
 }
 
 // ended is a pod whose containers the kubelet has reported terminated.
-func ended() *corev1.Pod {
-	return runningPod(phase(corev1.PodSucceeded), func(p *corev1.Pod) {
+func ended(change ...func(*corev1.Pod)) *corev1.Pod {
+	return runningPod(append(change, phase(corev1.PodSucceeded), func(p *corev1.Pod) {
 		p.Status.ContainerStatuses = []corev1.ContainerStatus{{State: corev1.ContainerState{Terminated: &corev1.ContainerStateTerminated{}}}}
-	})
+	})...)
 }
 
 func TestTheKubeletOfThePodsNodeIsRecognisedByNameAndGroup(t *testing.T) {
@@ -193,6 +194,9 @@ func TestOptionsNameTheFlagThatIsWrong(t *testing.T) {
 		`--excluded-nodes "a in" is not`: func(o *options) { o.excludedNodes = []string{"a in"} },
 		"--excluded-nodes is empty":      func(o *options) { o.excludedNodes = []string{""} },
 		"--agent-tls-dir: ":              func(o *options) { o.agentTLSDir = t.TempDir() },
+		"--authority-validity, --certificate-validity, --certificate-overlap: the validity of leaves 1m0s is less": func(o *options) {
+			o.release, o.validity = "eni-guard", pki.Settings{Authority: time.Hour, Leaf: time.Minute, Overlap: 30 * time.Second}
+		},
 	} {
 		o := valid
 		change(&o)
@@ -225,6 +229,8 @@ func TestReviews(t *testing.T) {
 		{"no answer, out of service", newGuard(silent, nodeA(outOfServiceTaint)), runningPod(), new(int64(0)), true, "allowed", ReasonNodeOutOfService, 0},
 		{"out of service, but still bound", newGuard(finds(stuck()...), nodeA(outOfServiceTaint)), runningPod(), new(int64(0)), false, "denied", ReasonBound, 409},
 		{"no answer, but the kubelet saw it end", newGuard(silent, nodeA()), ended(), nil, true, "allowed", ReasonContainersTerminated, 0},
+		{"no answer, the kubelet saw it end, and is finishing it", newGuard(silent, nodeA()), ended(terminating(new(int64(30)))), new(int64(0)), false, "denied", ReasonNoAnswer, 409},
+		{"no answer, the kubelet saw it end, but it was held because it was bound", newGuard(silent, nodeA()), ended(keptBy(Finalizer)), nil, false, "denied", ReasonNoAnswer, 409},
 		{"no answer about a pod that only its phase calls ended", newGuard(silent, nodeA()), runningPod(phase(corev1.PodFailed)), nil, false, "denied", ReasonNoAnswer, 409},
 		{"the node has no address", newGuard(nil, nodeA(func(n *corev1.Node) { n.Status.Addresses = nil })), runningPod(), new(int64(0)), false, "denied", ReasonNoAnswer, 409},
 	} {

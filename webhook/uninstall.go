@@ -6,16 +6,24 @@ import (
 	"fmt"
 	"io"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
 	admissionregistrationv1 "k8s.io/api/admissionregistration/v1"
+	corev1 "k8s.io/api/core/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/util/wait"
+	"k8s.io/client-go/util/retry"
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	"github.com/eni-guard/eni-guard/internal/sandbox"
 )
 
-// freeAllTimeout bounds the whole of freeing every held pod.
+// freeAllTimeout bounds the whole: freeing every held pod, and clearing the nodes.
 const freeAllTimeout = 4 * time.Minute
 
 // quietAfter is how long a request may still hold a pod after the webhook configurations are deleted: as long as the API
@@ -24,13 +32,14 @@ const quietAfter = 12 * time.Second
 
 // newFreeHeldCommand returns `eni-guard webhook free-held`, which the chart runs before it is uninstalled.
 func newFreeHeldCommand() *cobra.Command {
-	var configurations []string
+	var configurations, bindings []string
 	cmd := &cobra.Command{
 		Use:   "free-held",
-		Short: "Free every held pod, bound or not, and stop the guard: for the time after it",
+		Short: "Free every held pod, bound or not, stop the guard, and clear the nodes: for the time after it",
 		Long: `Frees every pod that the guard holds, whether its node has let go of it or not: without the guard nothing would ever
-free it. Then deletes the webhook configurations that are named, so that no pod is held any more, and frees those that
-were held in between.`,
+free it. Then deletes the webhook configurations that are named, so that no pod is held any more, and the bindings, so
+that agents write no more conditions, and frees those pods that were held in between. At last it takes the condition
+` + sandbox.OrphanedCondition + ` and the taint ` + taintWords + ` from every node.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			config, err := ctrl.GetConfig()
@@ -43,26 +52,39 @@ were held in between.`,
 			}
 			ctx, cancel := context.WithTimeout(cmd.Context(), freeAllTimeout)
 			defer cancel()
-			return freeAllHeld(ctx, api, cmd.OutOrStdout(), configurations, quietAfter)
+			var switches []client.Object
+			for _, name := range configurations {
+				switches = append(switches, &admissionregistrationv1.ValidatingWebhookConfiguration{ObjectMeta: metav1.ObjectMeta{Name: name}})
+			}
+			for _, name := range bindings {
+				switches = append(switches, &rbacv1.ClusterRoleBinding{ObjectMeta: metav1.ObjectMeta{Name: name}})
+			}
+			if err := freeAllHeld(ctx, api, cmd.OutOrStdout(), switches, quietAfter); err != nil {
+				return err
+			}
+			if err := clearNodes(ctx, api, cmd.OutOrStdout()); err != nil {
+				return fmt.Errorf("the guard is switched off, and holds no pod any more. %w", err)
+			}
+			return nil
 		},
 	}
 	cmd.Flags().StringArrayVar(&configurations, "webhook-configuration", nil, "name of a ValidatingWebhookConfiguration to delete; may be given again")
+	cmd.Flags().StringArrayVar(&bindings, "cluster-role-binding", nil, "name of a ClusterRoleBinding to delete, by which agents may write conditions of nodes; may be given again")
 	return cmd
 }
 
-func freeAllHeld(ctx context.Context, api client.Client, out io.Writer, configurations []string, quiet time.Duration) error {
+// freeAllHeld deletes, between the pods that are held already and the latecomers, what the guard works by.
+func freeAllHeld(ctx context.Context, api client.Client, out io.Writer, switches []client.Object, quiet time.Duration) error {
 	freed, err := freeHeldOnce(ctx, api, out)
 	if err != nil {
 		return err
 	}
-	for _, name := range configurations {
-		configuration := &admissionregistrationv1.ValidatingWebhookConfiguration{}
-		configuration.Name = name
-		if err := api.Delete(ctx, configuration); client.IgnoreNotFound(err) != nil {
-			return fmt.Errorf("deleting the webhook configuration %s: %w", name, err)
+	for _, object := range switches {
+		if err := api.Delete(ctx, object); client.IgnoreNotFound(err) != nil {
+			return fmt.Errorf("deleting %T %s: %w", object, object.GetName(), err)
 		}
 	}
-	if len(configurations) > 0 {
+	if len(switches) > 0 {
 		more, err := freeLatecomers(ctx, api, out, quiet)
 		if err != nil {
 			return fmt.Errorf("the guard is switched off: its webhook configurations are deleted. %w", err)
@@ -96,7 +118,7 @@ func freeHeldOnce(ctx context.Context, api client.Client, out io.Writer) (freed 
 	}
 	for _, pod := range pods {
 		pod.ResourceVersion = "" // whatever has changed in between
-		if failure := (holder{api}).free(ctx, &pod); failure != nil {
+		if failure := client.IgnoreNotFound((holder{api}).free(ctx, &pod)); failure != nil {
 			err = errors.Join(err, fmt.Errorf("pod %s/%s is still held: %w; to free it: %s", pod.Namespace, pod.Name, failure, freeingCommand(&pod)))
 			continue
 		}
@@ -105,6 +127,58 @@ func freeHeldOnce(ctx context.Context, api client.Client, out io.Writer) (freed 
 			pod.Annotations[HeldSinceAnnotation], pod.Annotations[HeldBecauseAnnotation])
 	}
 	return freed, err
+}
+
+// clearNodes takes from every node what the guard has put there. Its error names every one that is left, and how to clear it.
+// The leader and the agents still run: but agents have lost the right to write a condition again, and the leader puts no
+// taint on a node without one, nor, because the condition goes first, on a node as it was before.
+func clearNodes(ctx context.Context, api client.Client, out io.Writer) error {
+	var failures error
+	cleared := 0
+	list := &corev1.NodeList{}
+	for {
+		if err := api.List(ctx, list, client.Limit(listPage), client.Continue(list.Continue)); err != nil {
+			return fmt.Errorf("looking for nodes to clear: %w", err)
+		}
+		for _, node := range list.Items {
+			if leftovers(&node).Type == "" && !tainted(&node) {
+				continue
+			}
+			if err := client.IgnoreNotFound(clearNode(ctx, api, &node)); err != nil {
+				failures = errors.Join(failures, fmt.Errorf("node %s is not cleared: %w; to clear it: %s", node.Name, err, clearingCommand(node.Name)))
+				continue
+			}
+			cleared++
+		}
+		if list.Continue == "" {
+			fmt.Fprintf(out, "%d nodes were cleared of the condition %s and the taint %s\n", cleared, sandbox.OrphanedCondition, taintWords)
+			return failures
+		}
+	}
+}
+
+// takeCondition is a strategic merge patch: conditions are merged by their type.
+const takeCondition = `{"status": {"conditions": [{"type": "` + sandbox.OrphanedCondition + `", "$patch": "delete"}]}}`
+
+func clearNode(ctx context.Context, api client.Client, node *corev1.Node) error {
+	if err := api.Status().Patch(ctx, node, client.RawPatch(types.StrategicMergePatchType, []byte(takeCondition))); err != nil {
+		return err
+	}
+	if !tainted(node) {
+		return nil
+	}
+	return retry.RetryOnConflict(retry.DefaultBackoff, func() error {
+		if err := api.Get(ctx, client.ObjectKeyFromObject(node), node); err != nil || !tainted(node) {
+			return err
+		}
+		return setTaint(ctx, api, node, false)
+	})
+}
+
+// clearingCommand is how a person clears a node; in YAML, for the same reason as below.
+func clearingCommand(node string) string {
+	return fmt.Sprintf("kubectl patch node %[1]s --subresource=status -p='%[2]s'; kubectl taint node %[1]s %[3]s-",
+		node, strings.ReplaceAll(takeCondition, `"`, ""), taintWords)
 }
 
 // freeingCommand is how a person frees a held pod while the guard is still there, which refuses that without an override.

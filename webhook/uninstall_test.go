@@ -10,6 +10,7 @@ import (
 
 	admissionregistrationv1 "k8s.io/api/admissionregistration/v1"
 	corev1 "k8s.io/api/core/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
@@ -34,12 +35,28 @@ func configuration(name string) *admissionregistrationv1.ValidatingWebhookConfig
 	return &admissionregistrationv1.ValidatingWebhookConfiguration{ObjectMeta: metav1.ObjectMeta{Name: name}}
 }
 
+// agentsBinding lets agents write conditions of nodes.
+func agentsBinding() *rbacv1.ClusterRoleBinding {
+	return &rbacv1.ClusterRoleBinding{ObjectMeta: metav1.ObjectMeta{Name: "eni-guard-agent"}}
+}
+
 func TestFreeAllHeld(t *testing.T) {
 	free := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "free", Finalizers: []string{"example.com/other"}}}
-	api := fake.NewClientBuilder().WithObjects(heldPod("a"), heldPod("b", "example.com/other"), free,
-		configuration("eni-guard"), configuration("eni-guard-failing-open"), configuration("others")).Build()
+	api := interceptor.NewClient(fake.NewClientBuilder().WithObjects(heldPod("a"), heldPod("b", "example.com/other"), free,
+		configuration("eni-guard"), configuration("eni-guard-failing-open"), configuration("others"), agentsBinding()).Build(), interceptor.Funcs{
+		// Kubelets write the status of the pods right after they were read.
+		List: func(ctx context.Context, c client.WithWatch, list client.ObjectList, options ...client.ListOption) error {
+			pods := &corev1.PodList{}
+			err := errors.Join(c.List(ctx, list, options...), c.List(ctx, pods))
+			for _, pod := range pods.Items {
+				pod.Status.Message = "containers have ended"
+				err = errors.Join(err, c.Update(ctx, &pod))
+			}
+			return err
+		},
+	})
 	var out strings.Builder
-	if err := freeAllHeld(t.Context(), api, &out, []string{"eni-guard", "eni-guard-failing-open", "never-was"}, 50*time.Millisecond); err != nil {
+	if err := freeAllHeld(t.Context(), api, &out, []client.Object{configuration("eni-guard"), configuration("eni-guard-failing-open"), configuration("never-was"), agentsBinding()}, 50*time.Millisecond); err != nil {
 		t.Fatal(err)
 	}
 	want := "freed pod shop/a, which was held since 2026-01-02T03:04:05Z: pod shop/a is still alive.\n" +
@@ -63,6 +80,9 @@ func TestFreeAllHeld(t *testing.T) {
 	if err := api.List(t.Context(), &left); err != nil || len(left.Items) != 1 || left.Items[0].Name != "others" {
 		t.Errorf("configurations %v (%v)", left.Items, err)
 	}
+	if err := api.Get(t.Context(), client.ObjectKeyFromObject(agentsBinding()), agentsBinding()); !apierrors.IsNotFound(err) {
+		t.Errorf("agents may still write: %v", err)
+	}
 }
 
 // Until the configurations are gone, the webhook goes on holding pods.
@@ -75,7 +95,7 @@ func TestFreeAllHeldFreesPodsThatWereHeldInBetween(t *testing.T) {
 		},
 	})
 	var out strings.Builder
-	if err := freeAllHeld(t.Context(), api, &out, []string{"eni-guard"}, 50*time.Millisecond); err != nil {
+	if err := freeAllHeld(t.Context(), api, &out, []client.Object{configuration("eni-guard")}, 50*time.Millisecond); err != nil {
 		t.Fatal(err)
 	}
 	if !strings.Contains(out.String(), "freed pod shop/late") || !strings.HasSuffix(out.String(), "\n2 held pods were freed, none is left\n") {
@@ -106,14 +126,14 @@ func TestFreeAllHeldWaitsForLatecomers(t *testing.T) {
 		},
 	})
 	var out strings.Builder
-	if err := freeAllHeld(t.Context(), api, &out, []string{"eni-guard"}, time.Second); err != nil || !strings.Contains(out.String(), "freed pod shop/late") {
+	if err := freeAllHeld(t.Context(), api, &out, []client.Object{configuration("eni-guard")}, time.Second); err != nil || !strings.Contains(out.String(), "freed pod shop/late") {
 		t.Errorf("%v; it prints:\n%s", err, out.String())
 	}
 	if err := api.Delete(t.Context(), heldPod("late")); err != nil {
 		t.Fatal(err)
 	}
 	lists, stubborn = 2, true
-	err := freeAllHeld(t.Context(), api, &out, []string{"eni-guard"}, time.Second)
+	err := freeAllHeld(t.Context(), api, &out, []client.Object{configuration("eni-guard")}, time.Second)
 	if err == nil || !strings.HasPrefix(err.Error(), "the guard is switched off: its webhook configurations are deleted. pod shop/late is still held") {
 		t.Errorf("got %v", err)
 	}
@@ -130,7 +150,7 @@ func TestFreeAllHeldNamesWhatIsLeft(t *testing.T) {
 		},
 	})
 	var out strings.Builder
-	err := freeAllHeld(t.Context(), api, &out, []string{"eni-guard"}, 50*time.Millisecond)
+	err := freeAllHeld(t.Context(), api, &out, []client.Object{configuration("eni-guard")}, 50*time.Millisecond)
 	if err == nil {
 		t.Fatal("no error")
 	}
@@ -144,5 +164,79 @@ pod shop/b is still held: changing pod shop/b: somebody refuses; to free it: kub
 	}
 	if err := api.Get(t.Context(), client.ObjectKey{Name: "eni-guard"}, configuration("")); err != nil {
 		t.Errorf("the webhook configuration: %v", err)
+	}
+}
+
+func TestClearNodes(t *testing.T) {
+	named := func(name string) func(*corev1.Node) { return func(n *corev1.Node) { n.Name = name } }
+	api := fake.NewClientBuilder().WithObjects(
+		nodeA(says("True"), with(otherTaint, ourTaint)),
+		nodeA(named("node-b"), says("False")),
+		nodeA(named("node-c"), with(ourTaint)),
+		nodeA(named("node-d"), with(evictTaint)),
+	).Build()
+	var out strings.Builder
+	if err := clearNodes(t.Context(), api, &out); err != nil {
+		t.Fatal(err)
+	}
+	if want := "3 nodes were cleared of the condition OrphanedSandbox and the taint eni-guard.io/orphaned-sandbox:NoSchedule\n"; out.String() != want {
+		t.Errorf("it prints:\n%s", out.String())
+	}
+	for name, want := range map[string]struct {
+		conditions int
+		taints     []corev1.Taint
+	}{
+		"node-a": {1, []corev1.Taint{otherTaint}}, "node-b": {1, nil}, "node-c": {0, nil}, "node-d": {0, []corev1.Taint{evictTaint}},
+	} {
+		node := &corev1.Node{}
+		if err := api.Get(t.Context(), client.ObjectKey{Name: name}, node); err != nil {
+			t.Fatal(err)
+		}
+		if leftovers(node).Type != "" || len(node.Status.Conditions) != want.conditions || len(node.Spec.Taints) != len(want.taints) ||
+			len(want.taints) > 0 && node.Spec.Taints[0] != want.taints[0] {
+			t.Errorf("%s: conditions %v, taints %v", name, node.Status.Conditions, node.Spec.Taints)
+		}
+	}
+}
+
+// The leader and the kubelets go on meanwhile.
+func TestClearNodesThatChangeMeanwhile(t *testing.T) {
+	conflicts, deleted := 2, nodeA(says("True"), func(n *corev1.Node) { n.Name = "node-b" })
+	api := interceptor.NewClient(fake.NewClientBuilder().WithObjects(nodeA(says("True"), with(ourTaint)), deleted).Build(), interceptor.Funcs{
+		Patch: func(ctx context.Context, c client.WithWatch, object client.Object, patch client.Patch, options ...client.PatchOption) error {
+			if conflicts--; conflicts >= 0 {
+				return apierrors.NewConflict(corev1.Resource("nodes"), object.GetName(), errors.New("changed"))
+			}
+			return c.Patch(ctx, object, patch, options...)
+		},
+		SubResourcePatch: func(ctx context.Context, c client.Client, subresource string, object client.Object, patch client.Patch, options ...client.SubResourcePatchOption) error {
+			if object.GetName() == deleted.Name {
+				return errors.Join(c.Delete(ctx, deleted), apierrors.NewNotFound(corev1.Resource("nodes"), deleted.Name))
+			}
+			return c.SubResource(subresource).Patch(ctx, object, patch, options...)
+		},
+	})
+	var out strings.Builder
+	if err := clearNodes(t.Context(), api, &out); err != nil {
+		t.Fatal(err)
+	}
+	node := &corev1.Node{}
+	if err := api.Get(t.Context(), client.ObjectKey{Name: "node-a"}, node); err != nil || tainted(node) || leftovers(node).Type != "" {
+		t.Errorf("conditions %v, taints %v (%v)", node.Status.Conditions, node.Spec.Taints, err)
+	}
+}
+
+func TestClearNodesNamesWhatIsLeft(t *testing.T) {
+	api := interceptor.NewClient(fake.NewClientBuilder().WithObjects(nodeA(says("True"), with(ourTaint))).Build(), interceptor.Funcs{
+		SubResourcePatch: func(context.Context, client.Client, string, client.Object, client.Patch, ...client.SubResourcePatchOption) error {
+			return errors.New("somebody refuses")
+		},
+	})
+	var out strings.Builder
+	err := clearNodes(t.Context(), api, &out)
+	want := "node node-a is not cleared: somebody refuses; to clear it: kubectl patch node node-a --subresource=status " +
+		"-p='{status: {conditions: [{type: OrphanedSandbox, $patch: delete}]}}'; kubectl taint node node-a eni-guard.io/orphaned-sandbox:NoSchedule-"
+	if err == nil || err.Error() != want {
+		t.Errorf("the error is:\n%v", err)
 	}
 }

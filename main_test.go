@@ -1,0 +1,38 @@
+package main
+
+import (
+	"io"
+	"strings"
+	"testing"
+)
+
+// A script tells by the exit status whether it has asked wrongly.
+func TestExitStatus(t *testing.T) {
+	for args, want := range map[string]int{
+		"version":                   0,
+		"--help":                    0,
+		"":                          64,
+		"agnet":                     64,
+		"--no-such-flag":            64,
+		"version now":               64,
+		"version --no-such-flag":    64,
+		"agent --node-name=":        64,
+		"agent --leftover-grace=x":  64,
+		"webhook --mode=x":          64,
+		"webhook x":                 64,
+		"webhook --port=0":          64,
+		"webhook free-held x":       64,
+		"inspect":                   64,
+		"inspect --ip=10.0.0.256":   64,
+		"webhook --log-format=loud": 64,
+	} {
+		t.Run(args, func(t *testing.T) {
+			cmd := newCommand()
+			cmd.SetArgs(strings.Fields(args))
+			cmd.SetOut(io.Discard)
+			if got := exitStatus(cmd.ExecuteContext(t.Context())); got != want {
+				t.Errorf("exit status %d, want %d", got, want)
+			}
+		})
+	}
+}

@@ -1,0 +1,67 @@
+package webhook
+
+import (
+	"errors"
+	"net/http"
+	"strings"
+	"testing"
+
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+)
+
+// What the webhook answers, as the API server hands it on, is read back as what it says.
+func TestReadAnswer(t *testing.T) {
+	bound, unknown := evidence{report: allProbes(stuck()...)}, evidence{failure: "the agent of node node-a did not answer within 5s at 192.0.2.7:9807"}
+	in := func(mode Mode, e evidence) situation { return situation{mode: mode, holdable: true, evidence: e} }
+	for name, test := range map[string]struct {
+		situation situation
+		answer    string
+		works     bool
+	}{
+		"deny, bound":     {in(ModeDeny, bound), answerRefused, true},
+		"deny, unknown":   {in(ModeDeny, unknown), answerUnknown, false},
+		"deny, released":  {in(ModeDeny, evidence{report: allProbes()}), answerNone, false},
+		"hold, bound":     {in(ModeHold, bound), answerWarned, true},
+		"hold, unknown":   {in(ModeHold, unknown), answerUnknown, false},
+		"audit, bound":    {in(ModeAudit, bound), answerWarned, true},
+		"audit, unknown":  {in(ModeAudit, unknown), answerUnknown, false},
+		"audit, released": {in(ModeAudit, evidence{report: allProbes()}), answerNone, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			response := respond(&removal{path: PathDelete, pod: runningPod()}, decide(test.situation))
+			var err error
+			if !response.Allowed {
+				status := *response.Result
+				status.Message = `admission webhook "force-delete.eni-guard.io" denied the request: ` + status.Message
+				err = &apierrors.StatusError{ErrStatus: status}
+			}
+			got, err := readAnswer("shop/web-0", err, append([]string{"some other warning"}, response.Warnings...))
+			if err != nil || got.Answer != test.answer || got.works() != test.works {
+				t.Errorf("%+v (%v), want %q", got, err, test.answer)
+			}
+			if !strings.Contains(got.String(), "shop/web-0") {
+				t.Errorf("it does not name the pod:\n%s", got)
+			}
+		})
+	}
+}
+
+// What the guard has no part in is no answer of the guard's.
+func TestReadAnswerOfOthers(t *testing.T) {
+	unreachable := apierrors.NewInternalError(errors.New(`failed calling webhook "force-delete.eni-guard.io": connection refused`))
+	if got, err := readAnswer("shop/web-0", unreachable, nil); err != nil || got.Answer != answerUnreachable || got.works() {
+		t.Errorf("%+v (%v), want %q", got, err, answerUnreachable)
+	}
+	for _, err := range []error{
+		errors.New("connection refused"),
+		apierrors.NewNotFound(corev1.Resource("pods"), "web-0"),
+		apierrors.NewForbidden(corev1.Resource("pods"), "web-0", errors.New("no right")),
+		&apierrors.StatusError{ErrStatus: metav1.Status{Code: http.StatusConflict, Message: `admission webhook "other" denied the request: pod is still alive on node node-a`}},
+	} {
+		if got, told := readAnswer("shop/web-0", err, nil); told == nil || got.works() {
+			t.Errorf("%v is read as %+v", err, got)
+		}
+	}
+}
