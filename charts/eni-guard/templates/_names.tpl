@@ -13,22 +13,47 @@ app.kubernetes.io/part-of: eni-guard
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ .Release.Service }}
 helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
+{{- with .Values.commonLabels }}
+{{ toYaml . }}
+{{- end }}
 {{- end -}}
 
 {{- define "eni-guard.image" -}}
-{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
+{{- with .Values.image -}}
+{{ .repository }}:{{ .tag | default $.Chart.AppVersion }}{{ with .digest }}@{{ . }}{{ end }}
+{{- end -}}
 {{- end -}}
 
 {{- /*
-Never the guard's own namespace, so that it can always be mended. A namespace that is off is not even asked about; if
+Never the guard's own namespace, so that it can always be mended, nor exemptNamespaces. A namespace that is off is not even asked about; if
 the default is off, only those are that say otherwise.
 */ -}}
 {{- define "eni-guard.guardedNamespaces" -}}
 matchExpressions:
-- {key: kubernetes.io/metadata.name, operator: NotIn, values: [{{ .Release.Namespace }}]}
+- {key: kubernetes.io/metadata.name, operator: NotIn, values: [{{ prepend .Values.exemptNamespaces .Release.Namespace | uniq | join ", " }}]}
 {{- if eq .Values.mode "off" }}
 - {key: eni-guard.io/mode, operator: In, values: [deny, hold, audit]}
 {{- else }}
 - {key: eni-guard.io/mode, operator: NotIn, values: ["off"]}
 {{- end }}
+{{- end -}}
+
+{{- /*
+The guard's own taint must not keep the guard from being mended or uninstalled where every node has it.
+*/ -}}
+{{- define "eni-guard.tolerations" -}}
+- {key: eni-guard.io/orphaned-sandbox, operator: Exists, effect: NoSchedule}
+{{- with .Values.webhook.tolerations }}
+{{ toYaml . }}
+{{- end }}
+{{- end -}}
+
+{{- /*
+Fails, naming the value that asks for it, where the cluster lacks a kind of object: (dict "root" $ "value" "prometheus.rule.enabled"
+"api" "monitoring.coreos.com/v1/PrometheusRule" "from" "the Prometheus operator").
+*/ -}}
+{{- define "eni-guard.needs" -}}
+{{- if not (.root.Capabilities.APIVersions.Has .api) -}}
+{{- fail (printf "%s is true, but this cluster has no %s: install %s first, or set it to false. (`helm template` asks no cluster: tell it with --api-versions %s)" .value .api .from .api) -}}
+{{- end -}}
 {{- end -}}
