@@ -15,6 +15,7 @@ import (
 	admissionregistrationv1 "k8s.io/api/admissionregistration/v1"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/util/rand"
 
 	"github.com/eni-guard/eni-guard/test/e2e/incident"
@@ -198,6 +199,13 @@ func TestAHeldPodSurvivesTheRestartOfEveryPart(t *testing.T) {
 // their place.
 func deleteGuardPods(t *testing.T, selector string) {
 	t.Helper()
+	replaceGuardPods(t, selector)
+	restored(t)
+}
+
+// replaceGuardPods is deleteGuardPods where the guard as a whole does not work.
+func replaceGuardPods(t *testing.T, selector string) {
+	t.Helper()
 	pods := cluster.CoreV1().Pods(incident.GuardNamespace)
 	before, err := pods.List(t.Context(), metav1.ListOptions{LabelSelector: selector})
 	if err != nil || len(before.Items) == 0 {
@@ -218,7 +226,6 @@ func deleteGuardPods(t *testing.T, selector string) {
 		return nil
 	})
 	wentThrough(t, err)
-	restored(t)
 }
 
 // Not knowing is held as well, and explained; what is known later is written down later.
@@ -399,11 +406,66 @@ func onlyOther(err error) error {
 	return nil
 }
 
+// A pod stays held whatever becomes of the mode of its namespace. What may be done to it is up to the new one.
+func TestAHeldPodWhoseNamespaceChangesItsMode(t *testing.T) {
+	t.Parallel()
+	for _, mode := range []string{"deny", "audit", "off"} {
+		t.Run(mode, func(t *testing.T) {
+			t.Parallel()
+			ns := moded(t, "hold")
+			stuck := stuckFS(t, ns)
+			pod, process := heldStuckPod(t, stuck, ns, "web-0")
+			takeFinalizer := func(options ...string) error {
+				out, err := cluster.Kubectl(t.Context(), append([]string{"-n", ns, "patch", "pod", pod.Name, "--type=json", `-p=[{"op":"remove","path":"/metadata/finalizers"}]`}, options...)...)
+				if err != nil {
+					return errors.New(out)
+				}
+				return nil
+			}
+			switch mode {
+			case "deny":
+				setMode(t, ns, mode)
+				refused(t, forceDelete(t, pod), "is in state D")
+				if err := takeFinalizer(); err == nil || !strings.Contains(err.Error(), "The finalizer holds it") {
+					t.Errorf("taking the finalizer: %v", err)
+				}
+				decided(t, pod, "deny finalizer denied bound SandboxBound")
+				stillHeld(t, pod)
+				wentThrough(t, stuck.Release())
+				freed(t, pod, time.Minute, "SandboxReleased", "is no longer held")
+				return
+			case "audit":
+				setMode(t, ns, mode)
+				wentThrough(t, forceDelete(t, pod))
+				decided(t, pod, "audit delete audited bound SandboxBound")
+				stillHeld(t, pod)
+				wentThrough(t, takeFinalizer())
+				decided(t, pod, "audit finalizer audited bound SandboxBound")
+			case "off":
+				kubectl(t, ns, "label", "namespace", ns, "eni-guard.io/mode=off", "--overwrite")
+				wentThrough(t, incident.Wait(t.Context(), 30*time.Second, "the API server to know of the mode", func(context.Context) error {
+					return takeFinalizer("--dry-run=server")
+				}))
+				stillHeld(t, pod)
+				count := len(records(t, pod))
+				wentThrough(t, takeFinalizer())
+				if n := len(records(t, pod)) - count; n != 0 {
+					t.Errorf("%d decisions", n)
+				}
+			}
+			wentThrough(t, cluster.Gone(t.Context(), pod))
+			onTheNode(t, pod, process)
+		})
+	}
+}
+
 // Its containers have ended, and what is left is a sandbox with its address, which the runtime cannot get rid of. Nothing of
 // that is in the pod's status.
 func TestAHeldPodOfWhichOnlyTheSandboxIsLeft(t *testing.T) {
 	ns := moded(t, "hold")
 	pod := sleeper(t, ns, "web-0", nil)
+	// One that cannot be held, because its kubelet is finishing it, must stay in the same way.
+	terminating := sleeper(t, moded(t, "deny"), "web-1", nil)
 	lock, err := os.OpenFile(filepath.Join(incident.DataDir, "eni-sim", "lock"), os.O_RDONLY, 0)
 	wentThrough(t, err)
 	// Closing it gives the lock back.
@@ -411,13 +473,16 @@ func TestAHeldPodOfWhichOnlyTheSandboxIsLeft(t *testing.T) {
 	// Until then the CNI plugin takes no address and frees none, and so no sandbox ends.
 	wentThrough(t, syscall.Flock(int(lock.Fd()), syscall.LOCK_EX))
 	wentThrough(t, forceDelete(t, pod))
-	wentThrough(t, incident.Wait(t.Context(), time.Minute, "the containers of the pod to end", func(context.Context) error {
-		left := incident.Processes(pod)
-		if slices.ContainsFunc(left, func(p incident.Process) bool { return p.Command != "pause" }) {
-			return fmt.Errorf("there are %+v", left)
-		}
-		return nil
-	}))
+	wentThrough(t, plainDelete(t.Context(), cluster, terminating))
+	for _, pod := range []*corev1.Pod{pod, terminating} {
+		wentThrough(t, incident.Wait(t.Context(), time.Minute, "the containers of the pod to end", func(context.Context) error {
+			left := incident.Processes(pod)
+			if slices.ContainsFunc(left, func(p incident.Process) bool { return p.Command != "pause" }) {
+				return fmt.Errorf("there are %+v", left)
+			}
+			return nil
+		}))
+	}
 	onlySandbox := func() {
 		t.Helper()
 		awaitBecause(t, pod, "the guard to see nothing but the sandbox", func(got string) bool {
@@ -430,10 +495,36 @@ func TestAHeldPodOfWhichOnlyTheSandboxIsLeft(t *testing.T) {
 	restart := withoutAgent(t)
 	awaitBecause(t, pod, "the guard to say that it cannot tell", func(got string) bool { return strings.HasPrefix(got, "cannot tell") })
 	stillHeld(t, pod)
+	callFinished(t, pod)
+	_, err = cluster.CoreV1().Pods(ns).Patch(t.Context(), pod.Name, types.JSONPatchType, []byte(`[{"op":"remove","path":"/metadata/finalizers"}]`), metav1.PatchOptions{})
+	refused(t, err, "cannot tell whether pod "+ns+"/web-0 is still alive")
+	decided(t, pod, "hold finalizer denied unknown NoAnswer")
+	stillHeld(t, pod)
+	before := read(t, terminating)
+	callFinished(t, terminating)
+	refused(t, forceDelete(t, terminating), "cannot tell whether pod "+terminating.Namespace+"/web-1 is still alive")
+	sameMarks(t, before)
+	hasItsAddress(t, terminating)
 	restart()
 	onlySandbox()
 	wentThrough(t, lock.Close())
 	freed(t, pod, 3*time.Minute, "SandboxReleased", "is no longer held: nothing of it is left on node node-1")
+	wentThrough(t, cluster.AwaitGone(t.Context(), terminating))
+}
+
+// callFinished writes into the status of a pod what its kubelet reports of one that has finished. This kubelet does so only once
+// the sandbox is gone, but nothing promises that.
+func callFinished(t *testing.T, pod *corev1.Pod) {
+	t.Helper()
+	wentThrough(t, incident.Wait(t.Context(), 10*time.Second, "the status of pod "+pod.Name+" to be written", func(ctx context.Context) error {
+		now := read(t, pod)
+		now.Status.Phase = corev1.PodFailed
+		for i := range now.Status.ContainerStatuses {
+			now.Status.ContainerStatuses[i].State = corev1.ContainerState{Terminated: &corev1.ContainerStateTerminated{ExitCode: 137}}
+		}
+		_, err := cluster.CoreV1().Pods(pod.Namespace).UpdateStatus(ctx, now, metav1.UpdateOptions{})
+		return err
+	}))
 }
 
 // A reboot is how a node gets rid of a process that nothing can kill. Everything of the pod's sandbox goes without a word
@@ -448,7 +539,7 @@ func TestARebootOfTheNodeFreesAHeldPod(t *testing.T) {
 	startKubelet := killDaemon(t, "kubelet")
 	startRuntime := killDaemon(t, "containerd")
 	release()
-	shim.kill(t)
+	wentThrough(t, shim.Kill(t.Context()))
 	err = incident.Wait(t.Context(), 30*time.Second, "the processes of the pod to end", func(context.Context) error {
 		var left []error
 		for _, p := range incident.Processes(pod) {
@@ -488,7 +579,7 @@ func namespaceFile(t *testing.T, pid int) string {
 
 // shimOf finds the process of the runtime that holds the sandbox of a pod: it is named by the sandbox's ID, and so is the
 // cgroup of the sandbox's process.
-func shimOf(t *testing.T, pod *corev1.Pod) hostProcess {
+func shimOf(t *testing.T, pod *corev1.Pod) incident.HostProcess {
 	t.Helper()
 	var groups []byte
 	for _, p := range incident.Processes(pod) {
@@ -496,10 +587,11 @@ func shimOf(t *testing.T, pod *corev1.Pod) hostProcess {
 		wentThrough(t, err)
 		groups = append(groups, content...)
 	}
-	shims := hostProcesses(t, func(args []string) bool {
+	shims, err := incident.HostProcesses(func(args []string) bool {
 		i := slices.Index(args, "-id")
 		return i > 0 && i+1 < len(args) && strings.Contains(string(groups), "/pod"+string(pod.UID)+"/"+args[i+1]+"\n")
 	})
+	wentThrough(t, err)
 	if len(shims) != 1 {
 		t.Fatalf("%d shims hold pod %s, not 1", len(shims), pod.Name)
 	}

@@ -47,6 +47,29 @@ func run(m *testing.M) int {
 	return code
 }
 
+// endingReplicas counts the replicas of the webhook that have been told to end and still answer, and hurries them: how they end
+// is the matter of one test, not of each that replaces them.
+func endingReplicas(ctx context.Context) (int, error) {
+	pods, err := cluster.CoreV1().Pods(incident.GuardNamespace).List(ctx, metav1.ListOptions{LabelSelector: "app.kubernetes.io/component=webhook"})
+	if err != nil {
+		return 0, err
+	}
+	count := 0
+	for _, pod := range pods.Items {
+		if pod.DeletionTimestamp == nil {
+			continue
+		}
+		count++
+		if *pod.DeletionGracePeriodSeconds > 1 {
+			deleted := cluster.CoreV1().Pods(pod.Namespace).Delete(ctx, pod.Name, metav1.DeleteOptions{GracePeriodSeconds: new(int64(1))})
+			if !apierrors.IsNotFound(deleted) {
+				err = errors.Join(err, deleted)
+			}
+		}
+	}
+	return count, err
+}
+
 // guardReady waits until every replica of the webhook and the agent is ready, and no other.
 func guardReady(ctx context.Context) error {
 	return incident.Wait(ctx, time.Minute, "the guard to be ready (`make install` installs it)", func(ctx context.Context) error {
@@ -63,6 +86,13 @@ func guardReady(ctx context.Context) error {
 		}
 		if s := agent.Status; s.ObservedGeneration != agent.Generation || s.NumberReady != 1 || s.DesiredNumberScheduled != 1 {
 			return fmt.Errorf("agent: %d of 1 is ready", s.NumberReady)
+		}
+		left, err := endingReplicas(ctx)
+		if err != nil {
+			return err
+		}
+		if left > 0 {
+			return fmt.Errorf("webhook: %d replicas that have been told to end still answer", left)
 		}
 		// kube-proxy learns of ready replicas a moment later.
 		address, err := webhookAddress(ctx)

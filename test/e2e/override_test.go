@@ -122,6 +122,34 @@ func TestAnOverrideHasAReasonAndAnEnd(t *testing.T) {
 	}
 }
 
+// In the modes that refuse nothing an override counts too. Who has none that counts is told before what happens instead.
+func TestAnOverrideWhereNothingIsRefused(t *testing.T) {
+	t.Parallel()
+	for mode, instead := range map[string]string{"hold": "held", "audit": "audited"} {
+		t.Run(mode, func(t *testing.T) {
+			t.Parallel()
+			ns := moded(t, mode)
+			intern, operator := people(t, ns)
+			byIntern, byOperator := sleeper(t, ns, "web-0", nil), sleeper(t, ns, "web-1", nil)
+			for _, pod := range []*corev1.Pod{byIntern, byOperator} {
+				annotate(t, pod, overrideAnnotation, "a test")
+			}
+			wentThrough(t, byForcedDelete.take(t.Context(), intern, byIntern))
+			decided(t, byIntern, mode+" delete "+instead+" bound SandboxBound")
+			const why = `the override does not count: user ` + internName + ` does not have the right "override" on forcedeletes.eni-guard.io`
+			intern.warned(t, why)
+			if events := removalEvents(t, byIntern); !strings.HasPrefix(events[0].Note, "user "+internName+": "+why) {
+				t.Errorf("the Event says %q", events[0].Note)
+			}
+			wentThrough(t, byForcedDelete.take(t.Context(), operator, byOperator))
+			// Nothing is held for a moment.
+			wentThrough(t, cluster.Gone(t.Context(), byOperator))
+			decided(t, byOperator, mode+" delete overridden bound Override")
+			operator.warned(t, "overridden: pod "+ns+"/web-1 is still alive on node node-1: ")
+		})
+	}
+}
+
 // What is held goes by the same override as what is refused.
 func TestAnOverrideOfAHeldPod(t *testing.T) {
 	t.Parallel()
@@ -136,7 +164,9 @@ func TestAnOverrideOfAHeldPod(t *testing.T) {
 		decided(t, pod, "hold delete held bound SandboxBound")
 	}
 	annotate(t, pod, overrideAnnotation, "the node is powered off")
-	wentThrough(t, byForcedDelete.take(t.Context(), intern, pod))
+	again := callAs(t, internName)
+	wentThrough(t, byForcedDelete.take(t.Context(), again, pod))
+	again.warned(t, `the override does not count: user `+internName+` does not have the right "override"`)
 	record := decided(t, pod, "hold delete held bound SandboxBound")
 	if want := `user ` + internName + ` does not have the right "override"`; !strings.Contains(record.fields["evidence"], want) {
 		t.Errorf("the evidence does not say %q: %q", want, record.fields["evidence"])
@@ -159,7 +189,7 @@ func TestAnOverrideWithoutAnyWebhook(t *testing.T) {
 	held := moded(t, "hold")
 	stuck := stuckFS(t, ns)
 	intern, operator := people(t, ns)
-	heldIntern, heldOperator := people(t, held)
+	_, heldOperator := people(t, held)
 	stuckPod := start(t, stuck.StuckPod(ns, "stuck"))
 	process := unkillable(t, stuckPod)
 	heldPod, heldProcess := heldStuckPod(t, stuck, held, "held")
@@ -229,15 +259,22 @@ func TestAnOverrideWithoutAnyWebhook(t *testing.T) {
 	annotate(t, labelled, overrideAnnotation, "a test")
 	stays("the label that frees the address, by somebody without the right", give(intern))
 	wentThrough(t, give(operator))
-	take := func(api *caller) error {
-		_, err := api.CoreV1().Pods(held).Patch(t.Context(), heldPod.Name, types.MergePatchType, []byte(`{"metadata":{"finalizers":null}}`), metav1.PatchOptions{})
-		return err
+	take := func(user string) error {
+		// As the runbook has it.
+		out, err := cluster.Kubectl(t.Context(), "patch", "pod", heldPod.Name, "-n", held, `-p={"metadata":{"$deleteFromPrimitiveList/finalizers":["`+finalizer+`"]}}`, "--as="+user)
+		if err != nil {
+			return errors.New(out)
+		}
+		return nil
 	}
-	stays("taking the finalizer", take(heldOperator))
+	stays("taking the finalizer", take(operatorName))
 	annotate(t, heldPod, overrideAnnotation, "the whole rack is powered off")
-	stays("taking the finalizer, by somebody without the right", take(heldIntern))
+	stays("taking the finalizer, by somebody without the right", take(internName))
 	isHeld(t, heldPod)
-	wentThrough(t, take(heldOperator))
+	wentThrough(t, byForcedDelete.take(t.Context(), heldOperator, heldPod))
+	// Nobody is there to free it.
+	isHeld(t, heldPod)
+	wentThrough(t, take(operatorName))
 	wentThrough(t, cluster.Gone(t.Context(), heldPod))
 	onTheNode(t, heldPod, heldProcess)
 	// What is only watched is not in the way.

@@ -12,6 +12,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/kubernetes"
 
 	"github.com/eni-guard/eni-guard/test/e2e/incident"
 )
@@ -82,16 +83,48 @@ func TestDryRunIsAnsweredWithTheTrueVerdict(t *testing.T) {
 	kept(t, pod)
 }
 
-// A finished pod's plain delete is a forced one to the API server. Jobs are cleaned up this way.
+// A finished pod's plain delete is a forced one to the API server. Jobs are cleaned up this way; and once its address is free,
+// the label that frees it does no harm.
 func TestAFinishedPodCanBeDeleted(t *testing.T) {
 	t.Parallel()
 	inEveryMode(t, func(t *testing.T, mode, ns string) {
-		pod := finished(t, ns, nil)
-		awaitReleased(t, pod)
-		wentThrough(t, plainDelete(t.Context(), cluster, pod))
-		wentThrough(t, cluster.Gone(t.Context(), pod))
-		decided(t, pod, mode+" delete allowed released SandboxReleased")
+		addLabel := way{path: "ignore-label", take: func(ctx context.Context, _ kubernetes.Interface, pod *corev1.Pod) error {
+			out, err := cluster.Kubectl(ctx, "-n", ns, "label", "pod", pod.Name, ignoreLabel+"=true")
+			if err != nil {
+				return fmt.Errorf("%w: %s", err, out)
+			}
+			return nil
+		}}
+		pods := map[*way]*corev1.Pod{}
+		for i, w := range []*way{{path: "delete", take: plainDelete}, &byForcedCollection, &byForcedEviction, &byPlainEvictionWithoutTime, &addLabel} {
+			pods[w] = finished(t, ns, func(p *corev1.Pod) { p.Name = fmt.Sprintf("job-%d", i) })
+		}
+		for w, pod := range pods {
+			awaitReleased(t, pod)
+			err := w.take(t.Context(), cluster, pod)
+			for next := 0; givenAway(t, pod) && next < 5; next++ {
+				t.Logf("pod %s: its address is another one's by now, which the runtime does not know yet (%v)", pod.Name, err)
+				pod = finished(t, ns, func(p *corev1.Pod) { p.Name = fmt.Sprintf("%s-%d", pod.Name, next) })
+				awaitReleased(t, pod)
+				err = w.take(t.Context(), cluster, pod)
+			}
+			wentThrough(t, err)
+			decided(t, pod, mode+" "+w.path+" allowed released SandboxReleased")
+			if w != &addLabel {
+				wentThrough(t, cluster.Gone(t.Context(), pod))
+			}
+		}
 	})
+}
+
+// givenAway says whether what the guard has found last of a finished pod is only its address, in a namespace that no sandbox is
+// recorded for: that of a pod in the making, which has been given the address. Whose it is cannot be told at that moment, and so
+// the removal is taken for one of a pod that is bound.
+func givenAway(t *testing.T, pod *corev1.Pod) bool {
+	t.Helper()
+	all := records(t, pod)
+	last := all[len(all)-1].fields
+	return last["verdict"] == "bound" && strings.HasPrefix(last["evidence"], "address "+pod.Status.PodIP+" is on ")
 }
 
 // finished returns a pod that has run to its end.

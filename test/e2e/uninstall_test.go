@@ -54,17 +54,21 @@ func guardObjects(t *testing.T) string {
 	t.Helper()
 	out := kubectl(t, incident.GuardNamespace, "get", "--ignore-not-found", "--output=name", "--selector=app.kubernetes.io/name=eni-guard",
 		"validatingwebhookconfigurations,validatingadmissionpolicies,validatingadmissionpolicybindings,clusterroles,clusterrolebindings,"+
-			"roles,rolebindings,serviceaccounts,services,secrets,deployments,daemonsets,jobs,pods")
+			"roles,rolebindings,serviceaccounts,services,secrets,configmaps,deployments,daemonsets,jobs,pods,poddisruptionbudgets,networkpolicies")
+	out += "\n" + kubectl(t, "default", "get", "--ignore-not-found", "--output=name", "--selector=app.kubernetes.io/name=eni-guard", "roles,rolebindings")
 	return strings.TrimSpace(out)
 }
 
 // Nothing would ever free the pods that the guard holds once it is gone. So it frees them first, or stays.
 func TestUninstall(t *testing.T) {
 	reinstalled(t)
+	wentThrough(t, taintNodes(t.Context(), true))
+	restored(t)
 	ns := moded(t, "hold")
 	stuck := stuckFS(t, ns)
 	first, _ := heldStuckPod(t, stuck, ns, "payment-0")
 	second, process := heldStuckPod(t, stuck, ns, "payment-1")
+	node := taintedGhost(t)
 
 	t.Run("fails while a pod cannot be freed, and says which", func(t *testing.T) {
 		refuseTheGuard(t, ns)
@@ -80,6 +84,7 @@ func TestUninstall(t *testing.T) {
 		}
 		isHeld(t, first)
 		isHeld(t, second)
+		awaitTaint(t, node, true)
 		after := guardObjects(t)
 		for name := range strings.FieldsSeq(before) {
 			if !strings.Contains(after, name) {
@@ -109,7 +114,7 @@ func TestUninstall(t *testing.T) {
 		}
 		for _, part := range []string{
 			fmt.Sprintf("freed pod %s/%s, which was held since ", ns, second.Name),
-			"is still alive on node node-1", "1 held pods were freed, none is left",
+			"is still alive on node node-1", "1 held pods were freed, none is left", "of the condition OrphanedSandbox and the taint eni-guard.io/orphaned-sandbox:NoSchedule",
 		} {
 			if !strings.Contains(out, part) {
 				t.Errorf("helm does not say %q:\n%s", part, out)
@@ -118,6 +123,10 @@ func TestUninstall(t *testing.T) {
 		wentThrough(t, cluster.Gone(t.Context(), second))
 		onTheNode(t, second, process)
 		nothingHeld(t)
+		awaitTaint(t, node, false)
+		if conditions := kubectl(t, "", "get", "node", node, "-o", "jsonpath={.status.conditions[*].type}"); strings.Contains(conditions, orphanedCondition) {
+			t.Errorf("node %s has the conditions %s", node, conditions)
+		}
 		wentThrough(t, incident.Wait(t.Context(), time.Minute, "the guard to be gone", func(context.Context) error {
 			if left := guardObjects(t); left != "" {
 				return errors.New(left)

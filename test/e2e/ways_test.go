@@ -110,9 +110,9 @@ func TestANodeThatCannotBeAskedCountsAsBound(t *testing.T) {
 		"eviction": byForcedEviction, "eviction-without-time": byPlainEvictionWithoutTime,
 	}
 	type terrain struct {
-		ns                    string
-		pods                  map[string]*corev1.Pod
-		labelled, terminating *corev1.Pod
+		ns                                string
+		pods                              map[string]*corev1.Pod
+		labelled, terminating, overridden *corev1.Pod
 	}
 	terrains := map[string]terrain{}
 	for _, mode := range []string{"deny", "hold", "audit"} {
@@ -123,6 +123,8 @@ func TestANodeThatCannotBeAskedCountsAsBound(t *testing.T) {
 		at.labelled = sleeper(t, at.ns, "labelled", nil)
 		at.terminating = sleeper(t, at.ns, "terminating", func(p *corev1.Pod) { p.Spec.TerminationGracePeriodSeconds = new(int64(600)) })
 		wentThrough(t, plainDelete(t.Context(), cluster, at.terminating))
+		at.overridden = sleeper(t, at.ns, "overridden", nil)
+		annotate(t, at.overridden, overrideAnnotation, "the node is powered off")
 		terrains[mode] = at
 	}
 	restart := withoutAgent(t)
@@ -137,7 +139,7 @@ func TestANodeThatCannotBeAskedCountsAsBound(t *testing.T) {
 				err := w.take(t.Context(), api, pod)
 				switch mode {
 				case "deny":
-					refused(t, err, unknown(pod))
+					refused(t, err, unknown(pod), "--now`: the pod then goes", "Look at the agent: ")
 					asItWas(t, pod)
 					decided(t, pod, "deny "+w.path+" denied unknown NoAnswer")
 				case "hold":
@@ -153,13 +155,19 @@ func TestANodeThatCannotBeAskedCountsAsBound(t *testing.T) {
 				}
 			}
 
+			api := callAs(t, "")
+			wentThrough(t, byForcedDelete.take(t.Context(), api, at.overridden))
+			wentThrough(t, cluster.Gone(t.Context(), at.overridden))
+			decided(t, at.overridden, mode+" delete overridden unknown Override")
+			api.warned(t, "overridden: "+unknown(at.overridden))
+
 			// Where nothing can be held, mode hold refuses.
 			_, err := cluster.CoreV1().Pods(at.ns).Patch(t.Context(), at.labelled.Name, types.MergePatchType, []byte(`{"metadata":{"labels":{"`+ignoreLabel+`":"true"}}}`), metav1.PatchOptions{})
 			if mode == "audit" {
 				wentThrough(t, err)
 				decided(t, at.labelled, "audit ignore-label audited unknown NoAnswer")
 			} else {
-				refused(t, err, unknown(at.labelled))
+				refused(t, err, unknown(at.labelled), "Give the label to pods when they are created.")
 				asItWas(t, at.labelled)
 				decided(t, at.labelled, mode+" ignore-label denied unknown NoAnswer")
 			}
@@ -170,7 +178,7 @@ func TestANodeThatCannotBeAskedCountsAsBound(t *testing.T) {
 				decided(t, at.terminating, "audit delete audited unknown NoAnswer")
 				return
 			}
-			refused(t, forceDelete(t, at.terminating), unknown(at.terminating))
+			refused(t, forceDelete(t, at.terminating), unknown(at.terminating), "It is being deleted already")
 			decided(t, at.terminating, mode+" delete denied unknown NoAnswer")
 			refusedWith(t, evict(t.Context(), cluster, at.terminating, &forced), http.StatusTooManyRequests, metav1.StatusReasonTooManyRequests, unknown(at.terminating))
 			decided(t, at.terminating, mode+" eviction denied unknown NoAnswer")
@@ -178,7 +186,7 @@ func TestANodeThatCannotBeAskedCountsAsBound(t *testing.T) {
 			if mode == "hold" {
 				pod := at.pods["delete"]
 				_, err := cluster.CoreV1().Pods(at.ns).Patch(t.Context(), pod.Name, types.JSONPatchType, []byte(`[{"op":"remove","path":"/metadata/finalizers"}]`), metav1.PatchOptions{})
-				refused(t, err, unknown(pod))
+				refused(t, err, unknown(pod), "The finalizer holds it")
 				isHeld(t, pod)
 				decided(t, pod, "hold finalizer denied unknown NoAnswer")
 			}

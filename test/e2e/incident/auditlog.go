@@ -7,10 +7,13 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 
 	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
 // annotationPrefix starts the key of every annotation that the guard adds to an audit event.
@@ -26,11 +29,10 @@ type AuditEvent struct {
 	ObjectRef struct {
 		Resource, Subresource, Namespace, Name string
 	}
-	// RequestObject is the DeleteOptions of a delete.
-	RequestObject struct {
-		DryRun []string
-	}
-	ResponseStatus struct {
+	// RequestObject is the body: the DeleteOptions of a delete, the Eviction, the patch of a patch.
+	RequestObject                            json.RawMessage
+	RequestReceivedTimestamp, StageTimestamp metav1.MicroTime
+	ResponseStatus                           struct {
 		Code int
 	}
 	Annotations map[string]string
@@ -38,6 +40,24 @@ type AuditEvent struct {
 
 // Annotation returns one of the guard's annotations.
 func (e AuditEvent) Annotation(key string) string { return e.Annotations[annotationPrefix+key] }
+
+// DryRun says whether a delete only asked.
+func (e AuditEvent) DryRun() bool { return len(e.Options().DryRun) > 0 }
+
+// Options are those of a delete, or of an eviction; empty where there are none.
+func (e AuditEvent) Options() metav1.DeleteOptions {
+	var body struct {
+		metav1.DeleteOptions
+		Eviction *metav1.DeleteOptions `json:"deleteOptions"`
+	}
+	if json.Unmarshal(e.RequestObject, &body) != nil {
+		return metav1.DeleteOptions{}
+	}
+	if body.Eviction != nil {
+		return *body.Eviction
+	}
+	return body.DeleteOptions
+}
 
 // Actor is the user whose rights the request was made with.
 func (e AuditEvent) Actor() string {
@@ -56,30 +76,90 @@ func (c *Cluster) Removals(pod *corev1.Pod) ([]AuditEvent, error) {
 	})
 }
 
-// AuditEvents reads the events of the audit log that are wanted.
+// AuditEvents returns the events of the audit log that are wanted, also from the files that a log of more than 100 MB was moved to
+// (audit-TIME.log, by the API server). What has been read once is remembered: tests ask many times about a log that only grows.
 func (c *Cluster) AuditEvents(wanted func(AuditEvent) bool) ([]AuditEvent, error) {
-	log, err := os.Open(c.AuditLog())
+	all, err := c.audit.readOn(c.AuditLog())
 	if err != nil {
 		return nil, err
 	}
-	defer log.Close()
 	var events []AuditEvent
-	lines := bufio.NewReader(log)
-	for {
-		line, err := lines.ReadBytes('\n')
-		if errors.Is(err, io.EOF) {
-			return events, nil // the last line may still be written
-		}
-		if err != nil {
-			return nil, err
-		}
-		var event AuditEvent
-		if err := json.Unmarshal(line, &event); err != nil {
-			return nil, fmt.Errorf("audit log: %w", err)
-		}
+	for _, event := range all {
 		if wanted(event) {
 			events = append(events, event)
 		}
+	}
+	return events, nil
+}
+
+// auditLog is what has been read of the audit log so far.
+type auditLog struct {
+	mu     sync.Mutex
+	file   os.FileInfo
+	offset int64 // in file
+	events []AuditEvent
+}
+
+// readOn reads what has been written since the last time, and returns all events.
+func (a *auditLog) readOn(path string) ([]AuditEvent, error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	file, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer file.Close()
+	info, err := file.Stat()
+	if err != nil {
+		return nil, err
+	}
+	if a.file == nil || !os.SameFile(a.file, info) || info.Size() < a.offset {
+		moved, err := filepath.Glob(strings.TrimSuffix(path, ".log") + "-*.log")
+		if err != nil {
+			return nil, err
+		}
+		a.file, a.offset, a.events = info, 0, nil
+		for _, path := range moved {
+			if err := a.readFile(path); err != nil {
+				return nil, err
+			}
+		}
+	}
+	if _, err := file.Seek(a.offset, io.SeekStart); err != nil {
+		return nil, err
+	}
+	read, err := a.read(file)
+	a.offset += read
+	return a.events, err
+}
+
+func (a *auditLog) readFile(path string) error {
+	file, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer file.Close()
+	_, err = a.read(file)
+	return err
+}
+
+// read appends the events of whole lines, and returns how long these are; the last line may still be written.
+func (a *auditLog) read(log io.Reader) (int64, error) {
+	read := int64(0)
+	for lines := bufio.NewReader(log); ; {
+		line, err := lines.ReadBytes('\n')
+		if errors.Is(err, io.EOF) {
+			return read, nil
+		}
+		if err != nil {
+			return read, err
+		}
+		read += int64(len(line))
+		var event AuditEvent
+		if err := json.Unmarshal(line, &event); err != nil {
+			return read, fmt.Errorf("audit log: %w", err)
+		}
+		a.events = append(a.events, event)
 	}
 }
 

@@ -4,10 +4,12 @@ package incident
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -42,7 +44,8 @@ const (
 // Cluster is the running cluster of a checkout.
 type Cluster struct {
 	kubernetes.Interface
-	dir string // .cluster
+	dir   string // .cluster
+	audit auditLog
 }
 
 // Open returns the cluster of the checkout at repo. It fails, saying what to run, when there is none, or when the
@@ -159,6 +162,12 @@ func Pod(namespace, name string, command []string, change func(*corev1.Pod)) *co
 	return pod
 }
 
+// IPFamilies adapts a pod so that eni-sim gives it addresses of these families: IPv6 or IPv4,IPv6. Other pods get an IPv4
+// address.
+func IPFamilies(families string) func(*corev1.Pod) {
+	return func(pod *corev1.Pod) { pod.Annotations = map[string]string{"eni-sim/ip-families": families} }
+}
+
 // Start creates a pod and waits until it runs, or has run to its end, and has an address.
 func (c *Cluster) Start(ctx context.Context, pod *corev1.Pod) (*corev1.Pod, error) {
 	created, err := c.CoreV1().Pods(pod.Namespace).Create(ctx, pod, metav1.CreateOptions{})
@@ -266,9 +275,17 @@ func AwaitStuck(ctx context.Context, pod *corev1.Pod, state string) (Process, er
 	return process, err
 }
 
-// HasAddress says whether the network namespace that a process is in has an address, as the kernel's routing table of
-// that namespace shows it.
+// HasAddress says whether the network namespace that a process is in has an address, as the kernel's tables of that
+// namespace show it.
 func HasAddress(pid int, address string) (bool, error) {
+	addr, err := netip.ParseAddr(address)
+	if err != nil {
+		return false, err
+	}
+	if addr.Is6() {
+		table, err := os.ReadFile(fmt.Sprintf("/proc/%d/net/if_inet6", pid))
+		return bytes.Contains(table, fmt.Appendf(nil, "%x ", addr.As16())), err
+	}
 	table, err := os.ReadFile(fmt.Sprintf("/proc/%d/net/fib_trie", pid))
 	return bytes.Contains(table, []byte("|-- "+address+"\n")), err
 }
@@ -276,16 +293,19 @@ func HasAddress(pid int, address string) (bool, error) {
 // Addresses is what eni-sim, in Terway's place, believes.
 type Addresses struct {
 	Pods []struct {
-		Pod, Address string
+		Pod, IPv4, IPv6 string
 	}
-	Next string // the address that is handed out next
+	IPv4, IPv6 struct {
+		Next string // the address that is handed out next
+	}
 }
 
-// Of returns the address recorded for a pod; empty when there is none.
+// Of returns the address recorded for a pod, which is its status.podIP; empty when there is none. Where the pod has one of
+// each family, that is the IPv4 address.
 func (a Addresses) Of(namespace, name string) string {
 	for _, record := range a.Pods {
 		if record.Pod == namespace+"/"+name {
-			return record.Address
+			return cmp.Or(record.IPv4, record.IPv6)
 		}
 	}
 	return ""

@@ -105,8 +105,8 @@ func (s *Story) WithoutGuard(ctx context.Context) (err error) {
 	s.Tell("The CNI's garbage collector compares its records with the API server, does not find the pod, and releases the address.")
 	err = Wait(ctx, 2*time.Minute, "the address to be released", func(ctx context.Context) error {
 		addresses, err := s.Addresses(ctx)
-		if err == nil && addresses.Next != old.Status.PodIP {
-			err = fmt.Errorf("%s is recorded for the pod, and %s is handed out next", addresses.Of(namespace, old.Name), addresses.Next)
+		if err == nil && addresses.IPv4.Next != old.Status.PodIP {
+			err = fmt.Errorf("%s is recorded for the pod, and %s is handed out next", addresses.Of(namespace, old.Name), addresses.IPv4.Next)
 		}
 		return err
 	})

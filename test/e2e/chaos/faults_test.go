@@ -1,0 +1,253 @@
+package chaos
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/eni-guard/eni-guard/test/e2e/incident"
+)
+
+// fault is something that goes wrong. inject makes it, and returns how to mend it; what mends itself has nil.
+type fault struct {
+	name string
+	// part is what it happens to: two faults of one part make no pair.
+	part   string
+	inject func(ctx context.Context) (mend func(ctx context.Context) error, err error)
+	// slow ones take minutes to be over.
+	slow bool
+}
+
+// network is the nftables table of these faults. `make cluster-down` removes it as well.
+const network = "eni-guard-test"
+
+func (r *run) faults() []fault {
+	daemon := func(name string) fault {
+		return fault{name: name + " killed", part: name, inject: func(ctx context.Context) (func(context.Context) error, error) {
+			return r.cluster.KillDaemon(ctx, name)
+		}}
+	}
+	killed := func(name, part string, atMost int, args ...string) fault {
+		return fault{name: name, part: part, inject: func(context.Context) (func(context.Context) error, error) {
+			return nil, signal(syscall.SIGKILL, atMost, args...)
+		}}
+	}
+	stopped := func(name, part string, args ...string) fault {
+		return fault{name: name, part: part, inject: func(context.Context) (func(context.Context) error, error) {
+			return func(context.Context) error { return signal(syscall.SIGCONT, 1000, args...) }, signal(syscall.SIGSTOP, 1, args...)
+		}}
+	}
+	filtered := func(name, rule string) fault {
+		return fault{name: name, part: "network", inject: func(ctx context.Context) (func(context.Context) error, error) {
+			return unfilter, filter(ctx, rule)
+		}}
+	}
+	return []fault{
+		killed("agent killed", "agent", 1, "/eni-guard", "agent"),
+		stopped("agent stopped, until webhooks give up on it", "agent", "/eni-guard", "agent"),
+		killed("one replica of the webhook killed", "webhook", 1, "/eni-guard", "webhook"),
+		killed("every replica of the webhook killed", "webhook", 1000, "/eni-guard", "webhook"),
+		stopped("one replica of the webhook stopped, until the API server gives up on it", "webhook", "/eni-guard", "webhook"),
+		filtered("network from webhook to agent cut", "drop"),
+		// What is over the limit is sent again after 200 ms, 400 ms and so on.
+		filtered("network from webhook to agent slow", "limit rate over 4/second burst 2 packets drop"),
+		daemon("containerd"), daemon("kubelet"), daemon("etcd"), daemon("kube-apiserver"),
+		{name: "containerd stopped", part: "containerd", inject: func(context.Context) (func(context.Context) error, error) {
+			runtime, err := incident.Daemon("containerd")
+			if err != nil {
+				return nil, err
+			}
+			return func(context.Context) error { return syscall.Kill(runtime.PID, syscall.SIGCONT) }, syscall.Kill(runtime.PID, syscall.SIGSTOP)
+		}},
+		{name: "certificates replaced", part: "certificates", inject: r.replaceCertificates, slow: true},
+	}
+}
+
+// signal sends a signal to at most so many processes whose command line begins with args, and fails if there is none.
+func signal(s syscall.Signal, atMost int, args ...string) error {
+	files, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	if err != nil {
+		return err
+	}
+	sent := 0
+	for _, file := range files {
+		content, err := os.ReadFile(file)
+		if err != nil || !bytes.HasPrefix(content, []byte(strings.Join(args, "\x00")+"\x00")) || sent == atMost {
+			continue
+		}
+		pid, err := strconv.Atoi(filepath.Base(filepath.Dir(file)))
+		if err != nil {
+			return err
+		}
+		switch err := syscall.Kill(pid, s); {
+		case err == nil:
+			sent++
+		case !errors.Is(err, syscall.ESRCH):
+			return err
+		}
+	}
+	// One that was stopped, and that its kubelet has killed for it, needs no other signal.
+	if sent == 0 && s != syscall.SIGCONT {
+		return fmt.Errorf("no process %q runs", args)
+	}
+	return nil
+}
+
+// filter has a rule of nftables judge what pods send to the agent.
+func filter(ctx context.Context, rule string) error {
+	return nft(ctx, fmt.Sprintf(`table inet %s {
+	chain input {
+		type filter hook input priority 0
+		ip saddr 10.111.1.0/24 tcp dport 9807 %s
+	}
+}`, network, rule))
+}
+
+func unfilter(ctx context.Context) error {
+	return nft(ctx, fmt.Sprintf("table inet %s\ndelete table inet %s", network, network))
+}
+
+func nft(ctx context.Context, commands string) error {
+	cmd := exec.CommandContext(ctx, "nft", "-f", "-")
+	cmd.Stdin = strings.NewReader(commands)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("nft: %w: %s", err, out)
+	}
+	return nil
+}
+
+// replaceCertificates makes a new authority, and new certificates of webhook, agent and client.
+func (r *run) replaceCertificates(ctx context.Context) (func(context.Context) error, error) {
+	// In one call: what was left of them would be kept.
+	certificates := metav1.ListOptions{FieldSelector: "type=" + string(corev1.SecretTypeTLS)}
+	if err := r.cluster.CoreV1().Secrets(incident.GuardNamespace).DeleteCollection(ctx, metav1.DeleteOptions{}, certificates); err != nil {
+		return nil, err
+	}
+	out, err := exec.CommandContext(ctx, r.cluster.Binary("helm"), "--kubeconfig", r.cluster.Kubeconfig(), "--namespace", incident.GuardNamespace,
+		"upgrade", "eni-guard", filepath.Join(repo, "charts/eni-guard"), "--reuse-values").CombinedOutput()
+	if err != nil {
+		return nil, fmt.Errorf("helm upgrade: %w\n%s", err, out)
+	}
+	return nil, nil
+}
+
+// breakThings injects one fault after the other, and then pairs of them, until ctx ends. What it has begun it mends, with
+// what is left of all.
+func (r *run) breakThings(ctx, all context.Context, random *rand.Rand) error {
+	faults := r.faults()
+	random.Shuffle(len(faults), func(i, j int) { faults[i], faults[j] = faults[j], faults[i] })
+	slow := *length >= 4*time.Minute
+	for _, f := range faults {
+		if ctx.Err() != nil || f.slow && !slow {
+			continue
+		}
+		if err := r.breakAndMend(all, random, f); err != nil {
+			return err
+		}
+	}
+	for ctx.Err() == nil {
+		first, second := faults[random.IntN(len(faults))], faults[random.IntN(len(faults))]
+		if first.part == second.part || first.slow || second.slow {
+			continue
+		}
+		if err := r.breakAndMend(all, random, first, second); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// breakAndMend injects faults at the same time, mends them after some seconds, and waits until the guard works again by itself; that
+// it does not is the error.
+func (r *run) breakAndMend(ctx context.Context, random *rand.Rand, faults ...fault) error {
+	var names []string
+	var mends []func(context.Context) error
+	begin := time.Now()
+	for _, f := range faults {
+		names = append(names, f.name)
+		mend, err := f.inject(ctx)
+		if err != nil {
+			r.fail("%s: %v", f.name, err)
+		}
+		if mend != nil {
+			mends = append(mends, mend)
+		}
+	}
+	name := strings.Join(names, " + ")
+	// Long enough for an agent that is stopped to be given up on (5 s), and for a webhook (10 s).
+	pause(ctx, time.Duration(3000+random.IntN(9000))*time.Millisecond)
+	var wait sync.WaitGroup
+	for _, mend := range mends {
+		// At the same time, because the kubelet waits for containerd.
+		wait.Go(func() {
+			if err := mend(ctx); err != nil {
+				r.fail("mending %s: %v", name, err)
+			}
+		})
+	}
+	wait.Wait()
+	mended := time.Now()
+	if err := r.works(ctx); err != nil {
+		return fmt.Errorf("after %q: %w", name, err)
+	}
+	end := time.Now()
+	r.mu.Lock()
+	r.outages = append(r.outages, outage{name: name, begin: begin, end: end})
+	r.mu.Unlock()
+	r.t.Logf("%s for %s; the guard worked again %s after that", name, mended.Sub(begin).Round(time.Second), end.Sub(mended).Round(time.Second))
+	return nil
+}
+
+// outage is a time in which something did not work.
+type outage struct {
+	name       string
+	begin, end time.Time
+}
+
+// works waits until the guard is ready, and answers what is true, several times in a row.
+func (r *run) works(ctx context.Context) error {
+	return incident.Wait(ctx, 4*time.Minute, "the guard to work again by itself", func(ctx context.Context) error {
+		webhook, err := r.cluster.AppsV1().Deployments(incident.GuardNamespace).Get(ctx, "eni-guard-webhook", metav1.GetOptions{})
+		if err != nil {
+			return err
+		}
+		agent, err := r.cluster.AppsV1().DaemonSets(incident.GuardNamespace).Get(ctx, "eni-guard-agent", metav1.GetOptions{})
+		if err != nil {
+			return err
+		}
+		if s := webhook.Status; s.ReadyReplicas != *webhook.Spec.Replicas || agent.Status.NumberReady != 1 {
+			return fmt.Errorf("%d replicas of the webhook and %d agents are ready", s.ReadyReplicas, agent.Status.NumberReady)
+		}
+		for range 3 {
+			err := r.intern.CoreV1().Pods(r.canary.Namespace).Delete(ctx, r.canary.Name, metav1.DeleteOptions{GracePeriodSeconds: new(int64(0)), DryRun: []string{metav1.DryRunAll}})
+			if err == nil {
+				return errors.New("a forced delete of a running pod would go through")
+			}
+			if !strings.Contains(err.Error(), "denied the request: pod "+r.canary.Namespace+"/canary is still alive on node node-1") {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// pause waits for a time, or until ctx ends.
+func pause(ctx context.Context, d time.Duration) {
+	select {
+	case <-ctx.Done():
+	case <-time.After(d):
+	}
+}

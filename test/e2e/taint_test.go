@@ -1,0 +1,124 @@
+package e2e
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+
+	"github.com/eni-guard/eni-guard/test/e2e/incident"
+)
+
+// What the guard puts on nodes (internal/sandbox).
+const (
+	orphanedCondition = "OrphanedSandbox"
+	orphanedTaint     = "eni-guard.io/orphaned-sandbox"
+)
+
+// othersTaint is not the guard's.
+const othersTaint = "example.com/mine"
+
+// A node with a leftover gets no new pods, for as long as the leftover is there and the chart says so. Of one node its agent speaks,
+// and of one that has no agent this test.
+func TestANodeWithALeftoverIsTainted(t *testing.T) {
+	t.Cleanup(func() {
+		wentThrough(t, taintNodes(context.Background(), false))
+		restored(t)
+	})
+	wentThrough(t, taintNodes(t.Context(), true))
+	restored(t)
+	leader(t)
+	node := taintedGhost(t)
+	inWebhookLog(t, `"msg":"put the taint on a node"`, node)
+	t.Run("while it is there", func(t *testing.T) {
+		t.Run("by the agent", leftoverIsReported)
+		t.Run("by the test", func(t *testing.T) {
+			t.Parallel()
+			awaitNodeEvent(t, node, "NodeTainted", "keeps new pods away, because one could be given an address that is still in use here: the test says so")
+			setOrphaned(t, node, corev1.ConditionFalse)
+			awaitTaint(t, node, false)
+			awaitNodeEvent(t, node, "NodeUntainted", "nothing is reported to be left over any more")
+			setOrphaned(t, node, corev1.ConditionTrue)
+			awaitTaint(t, node, true)
+		})
+	})
+	inWebhookLog(t, `"msg":"took the taint from a node"`, node)
+	wentThrough(t, taintNodes(t.Context(), false))
+	awaitTaint(t, node, false)
+	awaitNodeEvent(t, node, "NodeUntainted", "the guard puts no taints on nodes any more")
+}
+
+// taintedGhost makes a node without an agent that the guard has tainted, beside somebody else.
+func taintedGhost(t *testing.T) string {
+	t.Helper()
+	node := ghost(t, nil)
+	kubectl(t, "", "taint", "node", node, othersTaint+"=kept:NoSchedule")
+	setOrphaned(t, node, corev1.ConditionTrue)
+	awaitTaint(t, node, true)
+	return node
+}
+
+// taintNodes sets the chart's value.
+func taintNodes(ctx context.Context, wanted bool) error {
+	out, err := helm(ctx, "upgrade", "eni-guard", filepath.Join(repo, "charts/eni-guard"), "--reuse-values",
+		"--set", fmt.Sprintf("taintOrphanedNodes=%v", wanted), "--wait", "--timeout", "2m")
+	if err != nil {
+		return fmt.Errorf("%w\n%s", err, out)
+	}
+	return nil
+}
+
+// setOrphaned says of a node what an agent would.
+func setOrphaned(t *testing.T, node string, status corev1.ConditionStatus) {
+	t.Helper()
+	now := time.Now().UTC().Format(time.RFC3339)
+	patch := fmt.Sprintf(`{"status":{"conditions":[{"type":%q,"status":%q,"reason":"Test","message":"the test says so","lastHeartbeatTime":%[3]q,"lastTransitionTime":%[3]q}]}}`,
+		orphanedCondition, status, now)
+	if _, err := cluster.CoreV1().Nodes().Patch(t.Context(), node, types.StrategicMergePatchType, []byte(patch), metav1.PatchOptions{}, "status"); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// awaitTaint waits until a node has the guard's taint, or has not, and checks that it still has the other one.
+func awaitTaint(t *testing.T, name string, wanted bool) {
+	t.Helper()
+	wentThrough(t, incident.Wait(t.Context(), 90*time.Second, fmt.Sprintf("node %s to be tainted: %v", name, wanted), func(ctx context.Context) error {
+		node, err := cluster.CoreV1().Nodes().Get(ctx, name, metav1.GetOptions{})
+		if err != nil {
+			return err
+		}
+		has := func(key string) bool {
+			return slices.ContainsFunc(node.Spec.Taints, func(taint corev1.Taint) bool {
+				return taint.Key == key && taint.Effect == corev1.TaintEffectNoSchedule
+			})
+		}
+		if name != incident.Node && !has(othersTaint) { // where the tests' pods run, there is none
+			t.Fatalf("somebody else's taint is lost: %v", node.Spec.Taints)
+		}
+		if has(orphanedTaint) != wanted {
+			return fmt.Errorf("its taints are %v", node.Spec.Taints)
+		}
+		return nil
+	}))
+}
+
+// awaitNodeEvent waits for an Event on a node that `kubectl describe node` shows.
+func awaitNodeEvent(t *testing.T, node, reason, words string) {
+	t.Helper()
+	wentThrough(t, incident.Wait(t.Context(), 30*time.Second, "an Event "+reason+" on node "+node, func(context.Context) error {
+		for _, event := range events(t, "default", types.UID(node)) {
+			if event.Reason == reason && strings.Contains(event.Note, words) {
+				return nil
+			}
+		}
+		return errors.New("there is none")
+	}))
+}
