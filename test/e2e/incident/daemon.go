@@ -1,6 +1,7 @@
 package incident
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -17,9 +18,9 @@ import (
 
 // HostProcess is a process of the host that belongs to the cluster, as it was started: a daemon, or what one has started.
 type HostProcess struct {
-	PID       int
-	Path, Dir string
-	Args, Env []string
+	PID, Parent int
+	Path, Dir   string
+	Args, Env   []string
 }
 
 // HostProcesses finds the cluster's processes on the host whose command line is wanted.
@@ -44,7 +45,14 @@ func HostProcesses(wanted func(args []string) bool) ([]HostProcess, error) {
 		if err != nil || !wanted(p.Args) {
 			continue
 		}
+		stat, err := os.ReadFile(filepath.Join(dir, "stat"))
+		if err != nil {
+			continue
+		}
 		p.PID, _ = strconv.Atoi(filepath.Base(dir))
+		if _, err := fmt.Sscanf(string(stat[bytes.LastIndexByte(stat, ')')+1:]), " %c %d", new(rune), &p.Parent); err != nil {
+			return nil, fmt.Errorf("%s/stat: %w: %s", dir, err, stat)
+		}
 		p.Path, err = os.Readlink(filepath.Join(dir, "exe"))
 		if err != nil {
 			continue
@@ -61,7 +69,7 @@ func (p HostProcess) Kill(ctx context.Context) error {
 	if err := syscall.Kill(p.PID, syscall.SIGKILL); err != nil && !errors.Is(err, syscall.ESRCH) {
 		return err
 	}
-	return Wait(ctx, 30*time.Second, p.Args[0]+" to end", func(context.Context) error {
+	return Wait(ctx, 2*time.Minute, p.Args[0]+" to end", func(context.Context) error {
 		// One that nobody has reaped is no longer in the way once all its threads have ended: before that one of them may
 		// still have its ports open.
 		stats, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", p.PID))
@@ -78,6 +86,11 @@ func (p HostProcess) Kill(ctx context.Context) error {
 // Daemon finds a daemon of the cluster by its name.
 func Daemon(name string) (HostProcess, error) {
 	processes, err := HostProcesses(func(args []string) bool { return filepath.Base(args[0]) == name })
+	// A child that is about to execute something else looks like its parent.
+	all := slices.Clone(processes)
+	processes = slices.DeleteFunc(processes, func(p HostProcess) bool {
+		return slices.ContainsFunc(all, func(other HostProcess) bool { return other.PID == p.Parent })
+	})
 	if err == nil && len(processes) != 1 {
 		err = fmt.Errorf("%d processes of the cluster are %s, not 1", len(processes), name)
 	}
@@ -136,7 +149,7 @@ func (c *Cluster) startDaemon(name string, daemon HostProcess) error {
 
 // AwaitRuntime waits until containerd takes connections.
 func AwaitRuntime(ctx context.Context) error {
-	return Wait(ctx, time.Minute, "containerd to listen", func(ctx context.Context) error {
+	return Wait(ctx, 2*time.Minute, "containerd to listen", func(ctx context.Context) error {
 		conn, err := (&net.Dialer{}).DialContext(ctx, "unix", "/run/eni-guard-cluster/containerd.sock")
 		if err != nil {
 			return err
