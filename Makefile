@@ -7,7 +7,7 @@ OLDEST_KUBERNETES ?= 1.30.14
 # Where `make vulncheck` finds what is known.
 VULNDB ?= https://vuln.go.dev
 # How often eni-sim releases addresses of pods that the API server no longer has; Terway does it every 5m.
-GC_PERIOD ?= 5s
+GC_PERIOD ?= 2s
 # How long each fuzz test of `make fuzz` runs.
 FUZZTIME ?= 1m
 # How large the log is that `make bench` reviews, in MiB.
@@ -66,7 +66,7 @@ test-cluster: go bin/cluster ## Test hack/cluster: eni-sim, stuckfs, and that cl
 	go -C hack/cluster test -timeout 15m -p 1 ./...
 
 test-e2e: install ## Run the end-to-end tests on the cluster
-	go test -count=1 -timeout 30m -parallel 8 -v ./test/e2e
+	go test -count=1 -timeout 30m -parallel 12 -v ./test/e2e
 
 test-chaos: install ## Break every part under load, and look from outside whether a pod's object goes before its sandbox
 	go test -count=1 -timeout 40m -v ./test/e2e/chaos -args -length $(CHAOS_LENGTH) -seed $(CHAOS_SEED)
@@ -92,7 +92,7 @@ install: cluster-up image ## Install the guard with Helm into the running cluste
 	@bin/cluster load dist/eni-guard.tar
 	@.cluster/bin/helm --kubeconfig .cluster/kubeconfig upgrade --install eni-guard charts/eni-guard \
 		--namespace eni-guard --create-namespace --wait --timeout 2m \
-		--set image.tag=$$(cat dist/eni-guard.tag) --set agent.criSocket=/run/eni-guard-cluster/containerd.sock --set agent.leftoverGraceSeconds=5 >dist/helm.log \
+		--set image.tag=$$(cat dist/eni-guard.tag) --set agent.criSocket=/run/eni-guard-cluster/containerd.sock --set agent.leftoverGraceSeconds=2 >dist/helm.log \
 		|| { cat dist/helm.log; exit 1; }
 	@.cluster/bin/kubectl --kubeconfig .cluster/kubeconfig --namespace eni-guard get pods
 
