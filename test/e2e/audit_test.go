@@ -80,7 +80,7 @@ func removeInEveryWay(t *testing.T) (d deeds, namespaces []string) {
 	refused(t, byForcedEvictionInDryRun.take(ctx, cluster, web[2]))
 	// Let go.
 	wentThrough(t, cluster.AwaitFinished(ctx, finished))
-	wentThrough(t, incident.Wait(ctx, time.Minute, "nothing of pod "+finished.Name+" to be left on its node", func(ctx context.Context) error {
+	wentThrough(t, incident.Wait(ctx, 2*time.Minute, "nothing of pod "+finished.Name+" to be left on its node", func(ctx context.Context) error {
 		return cluster.CoreV1().Pods(deny).Delete(ctx, finished.Name, metav1.DeleteOptions{DryRun: []string{metav1.DryRunAll}})
 	}))
 	d.done(t, finished, adminName, "delete", "allowed", "SandboxReleased", plainDelete(ctx, cluster, finished))
@@ -122,13 +122,13 @@ func removeInEveryWay(t *testing.T) (d deeds, namespaces []string) {
 	_, err = configurations.Update(ctx, weaker, metav1.UpdateOptions{})
 	wentThrough(t, err)
 	ask := metav1.DeleteOptions{GracePeriodSeconds: forced.GracePeriodSeconds, DryRun: []string{metav1.DryRunAll}}
-	wentThrough(t, incident.Wait(ctx, time.Minute, "the failure policy to be in force", func(ctx context.Context) error {
+	wentThrough(t, incident.Wait(ctx, 2*time.Minute, "the failure policy to be in force", func(ctx context.Context) error {
 		return cluster.CoreV1().Pods(deny).Delete(ctx, web[5].Name, ask)
 	}))
 	d.done(t, web[5], internName, "delete", "slipped-past", "WebhookDown", byForcedDelete.take(ctx, intern, web[5]))
 	// Slipped past: there is no configuration.
 	wentThrough(t, configurations.Delete(ctx, original.Name, metav1.DeleteOptions{}))
-	wentThrough(t, incident.Wait(ctx, time.Minute, "the API server to forget the configuration", func(ctx context.Context) error {
+	wentThrough(t, incident.Wait(ctx, 2*time.Minute, "the API server to forget the configuration", func(ctx context.Context) error {
 		if err := cluster.CoreV1().Pods(deny).Delete(ctx, web[6].Name, ask); err != nil {
 			return err
 		}

@@ -133,7 +133,7 @@ func TestFailingOpen(t *testing.T) {
 	refused(t, forceDelete(t, pod), "denied the request: pod "+pod.Namespace+"/web-0 is still alive on node node-1: ")
 	withoutWebhook(t)
 	// The API server learns of the changed configuration a moment later.
-	wentThrough(t, incident.Wait(t.Context(), 30*time.Second, "a forced delete to go through", func(context.Context) error { return forceDelete(t, pod) }))
+	wentThrough(t, incident.Wait(t.Context(), 2*time.Minute, "a forced delete to go through", func(context.Context) error { return forceDelete(t, pod) }))
 	wentThrough(t, cluster.Gone(t.Context(), pod))
 	events, err := cluster.Removals(pod)
 	if err != nil || len(events) == 0 {

@@ -40,7 +40,7 @@ func BenchmarkForcedDeleteThatGoesThrough(b *testing.B) {
 				// Before it has started, nothing of it is on the node either.
 				err := cluster.AwaitFinished(b.Context(), pod)
 				if err == nil {
-					err = incident.Wait(b.Context(), time.Minute, "pod "+pod.Name+" to be released", func(ctx context.Context) error {
+					err = incident.Wait(b.Context(), 2*time.Minute, "pod "+pod.Name+" to be released", func(ctx context.Context) error {
 						return forceDeletePod(ctx, pod, metav1.DryRunAll)
 					})
 				}
@@ -55,7 +55,7 @@ func BenchmarkForcedDeleteThatGoesThrough(b *testing.B) {
 	if _, err := cluster.CoreV1().Namespaces().Patch(b.Context(), alone, types.MergePatchType, off, metav1.PatchOptions{}); err != nil {
 		b.Fatal(err)
 	}
-	if err := incident.Wait(b.Context(), time.Minute, "the guard to leave the namespace alone", func(ctx context.Context) error {
+	if err := incident.Wait(b.Context(), 2*time.Minute, "the guard to leave the namespace alone", func(ctx context.Context) error {
 		return forceDeletePod(ctx, running, metav1.DryRunAll)
 	}); err != nil {
 		b.Fatal(err)
@@ -101,7 +101,7 @@ func BenchmarkRefusedForcedDelete(b *testing.B) {
 	// A policy is in force some time after it was made.
 	dry := forced
 	dry.DryRun = []string{metav1.DryRunAll}
-	if err := incident.Wait(b.Context(), time.Minute, "the policy to be in force", func(context.Context) error { return refuse(blunt, dry) }); err != nil {
+	if err := incident.Wait(b.Context(), 2*time.Minute, "the policy to be in force", func(context.Context) error { return refuse(blunt, dry) }); err != nil {
 		b.Fatal(err)
 	}
 	compare(b, "with-guard", "by-policy", func(int) error { return refuse(guarded, forced) }, func(int) error { return refuse(blunt, forced) })

@@ -36,7 +36,7 @@ func TestHelmTest(t *testing.T) {
 				t.Errorf("it does not say %q:\n%s", part, out)
 			}
 		}
-		wentThrough(t, incident.Wait(t.Context(), time.Minute, "the namespace of the test to be gone", func(ctx context.Context) error {
+		wentThrough(t, incident.Wait(t.Context(), 2*time.Minute, "the namespace of the test to be gone", func(ctx context.Context) error {
 			_, err := cluster.CoreV1().Namespaces().Get(ctx, testNamespace, metav1.GetOptions{})
 			if apierrors.IsNotFound(err) {
 				return nil
@@ -66,7 +66,7 @@ func withoutConfigurations(t *testing.T) {
 		}
 	}
 	t.Cleanup(func() {
-		if err := incident.Wait(context.Background(), time.Minute, "the guard to be back", asked(true)); err != nil {
+		if err := incident.Wait(context.Background(), 2*time.Minute, "the guard to be back", asked(true)); err != nil {
 			t.Error(err)
 		}
 	})
@@ -81,7 +81,7 @@ func withoutConfigurations(t *testing.T) {
 			}
 		})
 	}
-	wentThrough(t, incident.Wait(t.Context(), time.Minute, "the API server to ask nobody any more", asked(false)))
+	wentThrough(t, incident.Wait(t.Context(), 2*time.Minute, "the API server to ask nobody any more", asked(false)))
 }
 
 // putBack makes a webhook configuration anew, as Helm and the guard do it: the fields are Helm's, which could not upgrade what

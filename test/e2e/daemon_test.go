@@ -38,11 +38,11 @@ func restart(t *testing.T, name, namespace string) {
 // clusterWorks waits until the API server is ready, with etcd behind it, and a new pod runs, which needs every other part.
 func clusterWorks(t *testing.T, namespace, name string) {
 	t.Helper()
-	err := incident.Wait(t.Context(), time.Minute, "the API server to be ready", func(ctx context.Context) error {
+	err := incident.Wait(t.Context(), 2*time.Minute, "the API server to be ready", func(ctx context.Context) error {
 		return cluster.Discovery().RESTClient().Get().AbsPath("/readyz").Do(ctx).Error()
 	})
 	if err == nil {
-		err = incident.Wait(t.Context(), time.Minute, "a pod to be created", func(ctx context.Context) error {
+		err = incident.Wait(t.Context(), 2*time.Minute, "a pod to be created", func(ctx context.Context) error {
 			_, err := cluster.CoreV1().Pods(namespace).Create(ctx, incident.Pod(namespace, name, []string{"sleep", "86400"}, nil), metav1.CreateOptions{})
 			return err
 		})

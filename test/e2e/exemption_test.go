@@ -185,13 +185,13 @@ func TestOnlyAPodThatTerwayHasAlwaysIgnoredIsNotGuarded(t *testing.T) {
 		kubectl(t, "", "label", "namespace", ns, "eni-guard.io/mode=off")
 		pod := sleeper(t, ns, "web-0", nil)
 		// The API server writes down in whole seconds when a field was written.
-		wentThrough(t, incident.Wait(t.Context(), time.Minute, "the pod to be two seconds old", func(context.Context) error {
+		wentThrough(t, incident.Wait(t.Context(), 2*time.Minute, "the pod to be two seconds old", func(context.Context) error {
 			if age := time.Since(pod.CreationTimestamp.Time); age < 2*time.Second {
 				return fmt.Errorf("it is %s old", age)
 			}
 			return nil
 		}))
-		wentThrough(t, incident.Wait(t.Context(), 10*time.Second, "the label to be taken where the mode is off", func(ctx context.Context) error {
+		wentThrough(t, incident.Wait(t.Context(), 2*time.Minute, "the label to be taken where the mode is off", func(ctx context.Context) error {
 			out, err := cluster.Kubectl(ctx, "-n", ns, "label", "pod", pod.Name, ignoreLabel+"=true")
 			if err != nil {
 				return errors.New(out)

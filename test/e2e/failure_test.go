@@ -132,7 +132,7 @@ func withoutAgent(t *testing.T) (restart func()) {
 	}
 	t.Cleanup(restart)
 	patch(`[{"op":"add","path":"/spec/template/spec/nodeSelector/eni-guard-test","value":"nowhere"}]`)
-	wentThrough(t, incident.Wait(t.Context(), time.Minute, "the agent to end", func(ctx context.Context) error {
+	wentThrough(t, incident.Wait(t.Context(), 2*time.Minute, "the agent to end", func(ctx context.Context) error {
 		conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", "10.111.0.1:9807")
 		if err == nil {
 			return errors.Join(errors.New("it listens"), conn.Close())
@@ -188,7 +188,7 @@ func TestWithoutAnyWebhook(t *testing.T) {
 func withoutWebhook(t *testing.T) {
 	t.Helper()
 	scale := func(ctx context.Context, replicas int32) error {
-		return incident.Wait(ctx, time.Minute, fmt.Sprintf("%d replicas of the webhook", replicas), func(ctx context.Context) error {
+		return incident.Wait(ctx, 2*time.Minute, fmt.Sprintf("%d replicas of the webhook", replicas), func(ctx context.Context) error {
 			d, err := cluster.AppsV1().Deployments(incident.GuardNamespace).Get(ctx, "eni-guard-webhook", metav1.GetOptions{})
 			if err != nil {
 				return err
@@ -212,7 +212,7 @@ func withoutWebhook(t *testing.T) {
 	err := scale(t.Context(), 0)
 	if err == nil {
 		// A replica that is told to end still answers over connections it has.
-		err = incident.Wait(t.Context(), time.Minute, "the last replica of the webhook to end", func(ctx context.Context) error {
+		err = incident.Wait(t.Context(), 2*time.Minute, "the last replica of the webhook to end", func(ctx context.Context) error {
 			left, err := endingReplicas(ctx)
 			if err == nil && left > 0 {
 				err = fmt.Errorf("%d are left", left)

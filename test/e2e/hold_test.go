@@ -82,7 +82,7 @@ func nothingHeld(t *testing.T) {
 // traces fails the test unless the release of a held pod has left an Event and a line of the log.
 func traces(t *testing.T, pod *corev1.Pod, reason, words string) {
 	t.Helper()
-	err := incident.Wait(t.Context(), 10*time.Second, "an Event HoldReleased of pod "+pod.Name, func(ctx context.Context) error {
+	err := incident.Wait(t.Context(), 2*time.Minute, "an Event HoldReleased of pod "+pod.Name, func(ctx context.Context) error {
 		events, err := cluster.CoreV1().Events(pod.Namespace).List(ctx, metav1.ListOptions{FieldSelector: "reason=HoldReleased,involvedObject.uid=" + string(pod.UID)})
 		if err != nil {
 			return err
@@ -121,7 +121,7 @@ func inWebhookLog(t *testing.T, parts ...string) string {
 func leader(t *testing.T) *corev1.Pod {
 	t.Helper()
 	var pod *corev1.Pod
-	err := incident.Wait(t.Context(), 90*time.Second, "a replica of the webhook to lead", func(ctx context.Context) error {
+	err := incident.Wait(t.Context(), 2*time.Minute, "a replica of the webhook to lead", func(ctx context.Context) error {
 		lease, err := cluster.CoordinationV1().Leases(incident.GuardNamespace).Get(ctx, "eni-guard-webhook", metav1.GetOptions{})
 		if err != nil {
 			return err
@@ -166,7 +166,7 @@ func TestAHeldPodSurvivesTheRestartOfEveryPart(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		err := incident.Wait(t.Context(), time.Minute, "the leader to start again", func(context.Context) error {
+		err := incident.Wait(t.Context(), 2*time.Minute, "the leader to start again", func(context.Context) error {
 			now := read(t, leads)
 			if before := leads.Status.ContainerStatuses[0].RestartCount; now.Status.ContainerStatuses[0].RestartCount == before {
 				return fmt.Errorf("it has started %d times, as before", before)
@@ -212,7 +212,7 @@ func replaceGuardPods(t *testing.T, selector string) {
 		t.Fatalf("%d pods have %s (%v)", len(before.Items), selector, err)
 	}
 	wentThrough(t, pods.DeleteCollection(t.Context(), forced, metav1.ListOptions{LabelSelector: selector}))
-	err = incident.Wait(t.Context(), time.Minute, "others in their place", func(ctx context.Context) error {
+	err = incident.Wait(t.Context(), 2*time.Minute, "others in their place", func(ctx context.Context) error {
 		now, err := pods.List(ctx, metav1.ListOptions{LabelSelector: selector})
 		if err != nil || len(now.Items) != len(before.Items) {
 			return errors.Join(fmt.Errorf("there are %d", len(now.Items)), err)
@@ -255,7 +255,7 @@ func because(t *testing.T, pod *corev1.Pod) string {
 
 func awaitBecause(t *testing.T, pod *corev1.Pod, what string, right func(string) bool) {
 	t.Helper()
-	err := incident.Wait(t.Context(), time.Minute, what, func(context.Context) error {
+	err := incident.Wait(t.Context(), 2*time.Minute, what, func(context.Context) error {
 		if got := because(t, pod); !right(got) {
 			return errors.New(got)
 		}
@@ -301,7 +301,7 @@ func unlabel(t *testing.T, pod *corev1.Pod) {
 func labelled(t *testing.T, pod *corev1.Pod) {
 	t.Helper()
 	// While an agent is waited for, which may take 20 s, the controller does nothing else about the pod.
-	err := incident.Wait(t.Context(), time.Minute, "the label to come back", func(context.Context) error {
+	err := incident.Wait(t.Context(), 2*time.Minute, "the label to come back", func(context.Context) error {
 		if got := read(t, pod).Labels["eni-guard.io/held"]; got != "true" {
 			return fmt.Errorf("the label is %q", got)
 		}
@@ -314,7 +314,7 @@ func labelled(t *testing.T, pod *corev1.Pod) {
 func TestDryRunHoldsNothing(t *testing.T) {
 	t.Parallel()
 	pod := sleeper(t, moded(t, "hold"), "web-0", nil)
-	err := incident.Wait(t.Context(), 10*time.Second, "the answer to be that of the mode", func(ctx context.Context) error {
+	err := incident.Wait(t.Context(), 2*time.Minute, "the answer to be that of the mode", func(ctx context.Context) error {
 		out, err := cluster.Kubectl(ctx, "-n", pod.Namespace, "delete", "pod", pod.Name, "--grace-period=0", "--force", "--dry-run=server")
 		if err != nil || !strings.Contains(out, "held until its node has let go of it: pod "+pod.Namespace+"/web-0 is still alive on node node-1") {
 			return fmt.Errorf("%w: %s", err, out)
@@ -360,7 +360,7 @@ func TestAPodThatIsNotDeletedAfterAllIsGivenBack(t *testing.T) {
 		}
 	})
 	// The API server learns of the other webhook, and both it and the guard of the mode, a moment later; dry run changes nothing.
-	err := incident.Wait(t.Context(), 10*time.Second, "the other webhook alone to refuse", func(ctx context.Context) error {
+	err := incident.Wait(t.Context(), 2*time.Minute, "the other webhook alone to refuse", func(ctx context.Context) error {
 		err := cluster.CoreV1().Pods(ns).Delete(ctx, pod.Name, metav1.DeleteOptions{GracePeriodSeconds: forced.GracePeriodSeconds, DryRun: []string{metav1.DryRunAll}})
 		return onlyOther(err)
 	})
@@ -376,7 +376,7 @@ func TestAPodThatIsNotDeletedAfterAllIsGivenBack(t *testing.T) {
 	leader(t)
 	past := time.Now().Add(-3 * time.Minute).UTC().Format(time.RFC3339)
 	kubectl(t, ns, "annotate", "--overwrite", "pod", pod.Name, "eni-guard.io/held-since="+past)
-	err = incident.Wait(t.Context(), 30*time.Second, "the pod to be given back", func(context.Context) error {
+	err = incident.Wait(t.Context(), 2*time.Minute, "the pod to be given back", func(context.Context) error {
 		now := read(t, pod)
 		traces := []string{now.Labels["eni-guard.io/held"]}
 		for key, value := range now.Annotations {
@@ -443,7 +443,7 @@ func TestAHeldPodWhoseNamespaceChangesItsMode(t *testing.T) {
 				decided(t, pod, "audit finalizer audited bound SandboxBound")
 			case "off":
 				kubectl(t, ns, "label", "namespace", ns, "eni-guard.io/mode=off", "--overwrite")
-				wentThrough(t, incident.Wait(t.Context(), 30*time.Second, "the API server to know of the mode", func(context.Context) error {
+				wentThrough(t, incident.Wait(t.Context(), 2*time.Minute, "the API server to know of the mode", func(context.Context) error {
 					return takeFinalizer("--dry-run=server")
 				}))
 				stillHeld(t, pod)
@@ -475,7 +475,7 @@ func TestAHeldPodOfWhichOnlyTheSandboxIsLeft(t *testing.T) {
 	wentThrough(t, forceDelete(t, pod))
 	wentThrough(t, plainDelete(t.Context(), cluster, terminating))
 	for _, pod := range []*corev1.Pod{pod, terminating} {
-		wentThrough(t, incident.Wait(t.Context(), time.Minute, "the containers of the pod to end", func(context.Context) error {
+		wentThrough(t, incident.Wait(t.Context(), 2*time.Minute, "the containers of the pod to end", func(context.Context) error {
 			left := incident.Processes(pod)
 			if slices.ContainsFunc(left, func(p incident.Process) bool { return p.Command != "pause" }) {
 				return fmt.Errorf("there are %+v", left)
@@ -516,7 +516,7 @@ func TestAHeldPodOfWhichOnlyTheSandboxIsLeft(t *testing.T) {
 // the sandbox is gone, but nothing promises that.
 func callFinished(t *testing.T, pod *corev1.Pod) {
 	t.Helper()
-	wentThrough(t, incident.Wait(t.Context(), 10*time.Second, "the status of pod "+pod.Name+" to be written", func(ctx context.Context) error {
+	wentThrough(t, incident.Wait(t.Context(), 2*time.Minute, "the status of pod "+pod.Name+" to be written", func(ctx context.Context) error {
 		now := read(t, pod)
 		now.Status.Phase = corev1.PodFailed
 		for i := range now.Status.ContainerStatuses {
@@ -540,7 +540,7 @@ func TestARebootOfTheNodeFreesAHeldPod(t *testing.T) {
 	startRuntime := killDaemon(t, "containerd")
 	release()
 	wentThrough(t, shim.Kill(t.Context()))
-	err = incident.Wait(t.Context(), 30*time.Second, "the processes of the pod to end", func(context.Context) error {
+	err = incident.Wait(t.Context(), 2*time.Minute, "the processes of the pod to end", func(context.Context) error {
 		var left []error
 		for _, p := range incident.Processes(pod) {
 			left = append(left, fmt.Errorf("%+v", p), syscall.Kill(p.PID, syscall.SIGKILL))
@@ -617,7 +617,7 @@ func TestAHeldPodOfALostNodeIsFreed(t *testing.T) {
 			node := ghost(t, nil)
 			pod := haunt(t, ns, node)
 			// Nothing listens where its agent would.
-			err := incident.Wait(t.Context(), 10*time.Second, "the forced delete to go through", func(ctx context.Context) error {
+			err := incident.Wait(t.Context(), 2*time.Minute, "the forced delete to go through", func(ctx context.Context) error {
 				return cluster.CoreV1().Pods(ns).Delete(ctx, pod.Name, forced)
 			})
 			wentThrough(t, err)
@@ -652,7 +652,7 @@ func ghost(t *testing.T, labels map[string]string) string {
 		if err := cluster.CoreV1().Nodes().Delete(ctx, node.Name, metav1.DeleteOptions{}); err != nil && !strings.Contains(err.Error(), "not found") {
 			t.Error(err)
 		}
-		err := incident.Wait(ctx, 30*time.Second, "the pods of node "+node.Name+" to be gone", func(ctx context.Context) error {
+		err := incident.Wait(ctx, 2*time.Minute, "the pods of node "+node.Name+" to be gone", func(ctx context.Context) error {
 			pods, err := cluster.CoreV1().Pods("").List(ctx, metav1.ListOptions{FieldSelector: "spec.nodeName=" + node.Name})
 			if err != nil {
 				return err

@@ -72,7 +72,7 @@ func endingReplicas(ctx context.Context) (int, error) {
 
 // guardReady waits until every replica of the webhook and the agent is ready, and no other.
 func guardReady(ctx context.Context) error {
-	return incident.Wait(ctx, time.Minute, "the guard to be ready (`make install` installs it)", func(ctx context.Context) error {
+	return incident.Wait(ctx, 2*time.Minute, "the guard to be ready (`make install` installs it)", func(ctx context.Context) error {
 		webhook, err := cluster.AppsV1().Deployments(incident.GuardNamespace).Get(ctx, "eni-guard-webhook", metav1.GetOptions{})
 		if err != nil {
 			return err

@@ -71,7 +71,7 @@ func TestMetricsOfTheInstalledGuard(t *testing.T) {
 		wants = append(wants, "# TYPE "+name[1]+" ")
 	}
 	// The leader tells of held pods, and an agent of its probes once it has looked at the node.
-	wentThrough(t, incident.Wait(t.Context(), time.Minute, "the metrics", func(ctx context.Context) error {
+	wentThrough(t, incident.Wait(t.Context(), 2*time.Minute, "the metrics", func(ctx context.Context) error {
 		text, err := scrape(ctx)
 		if err != nil {
 			return err

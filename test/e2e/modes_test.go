@@ -84,7 +84,7 @@ func TestAHeldStuckPodSaysWhyAndGoesWhenItIsReleased(t *testing.T) {
 	for _, part := range []string{
 		"eni-guard.io/held-because:", "eni-guard.io/held-since:", fmt.Sprintf("process %d (dd) is in state D", process.PID), "ForcedRemovalHeld", pod.Status.PodIP,
 	} {
-		err := incident.Wait(t.Context(), 40*time.Second, "kubectl describe to say "+part, func(ctx context.Context) error {
+		err := incident.Wait(t.Context(), 2*time.Minute, "kubectl describe to say "+part, func(ctx context.Context) error {
 			out, err := cluster.Kubectl(ctx, "-n", ns, "describe", "pod", pod.Name)
 			if err == nil && !strings.Contains(out, part) {
 				err = errors.New(out)
@@ -103,7 +103,7 @@ func TestAHeldStuckPodSaysWhyAndGoesWhenItIsReleased(t *testing.T) {
 	}
 	wentThrough(t, stuck.Release())
 	wentThrough(t, cluster.AwaitGone(t.Context(), pod))
-	wentThrough(t, incident.Wait(t.Context(), 10*time.Second, "the Event HoldReleased", func(context.Context) error {
+	wentThrough(t, incident.Wait(t.Context(), 2*time.Minute, "the Event HoldReleased", func(context.Context) error {
 		for _, event := range events(t, ns, pod.UID) {
 			if event.Reason == "HoldReleased" && event.Type == corev1.EventTypeNormal && strings.Contains(event.Note, "nothing of it is left on node node-1") {
 				return nil
@@ -122,7 +122,7 @@ func TestAModeThatIsNoneLeavesTheDefaultInForce(t *testing.T) {
 	pod := sleeper(t, ns, "web-0", nil)
 	refused(t, forceDelete(t, pod), "is still alive")
 	decided(t, pod, "deny delete denied bound SandboxBound")
-	wentThrough(t, incident.Wait(t.Context(), time.Minute, "an Event about the namespace", func(context.Context) error {
+	wentThrough(t, incident.Wait(t.Context(), 2*time.Minute, "an Event about the namespace", func(context.Context) error {
 		found := events(t, "default", uid)
 		if len(found) != 1 || found[0].Reason != "InvalidMode" || found[0].Regarding.Kind != "Namespace" || !strings.Contains(found[0].Note, `"denny" is not a mode: use deny, hold, audit or off`) {
 			return fmt.Errorf("there are %d: %v", len(found), found)
@@ -157,7 +157,7 @@ func TestAModeThatChangesTakesEffect(t *testing.T) {
 		want := map[string]string{
 			"audit": "audit audited", "deny": "deny denied", "hold": "hold held", "": "deny denied", "denny": "deny denied", "off": "off",
 		}[mode]
-		err := incident.Wait(t.Context(), 20*time.Second, fmt.Sprintf("the mode %q to take effect", mode), func(ctx context.Context) error {
+		err := incident.Wait(t.Context(), 2*time.Minute, fmt.Sprintf("the mode %q to take effect", mode), func(ctx context.Context) error {
 			count := len(records(t, pod))
 			err := cluster.CoreV1().Pods(ns).Delete(ctx, pod.Name, dryRun)
 			all := records(t, pod)
@@ -188,7 +188,7 @@ func TestOneRemovalIsOneDecision(t *testing.T) {
 		{"released", "deny", func(t *testing.T, ns string) *corev1.Pod {
 			pod := start(t, incident.Pod(ns, "job-1", []string{"true"}, func(p *corev1.Pod) { p.Spec.RestartPolicy = corev1.RestartPolicyNever }))
 			wentThrough(t, cluster.AwaitFinished(t.Context(), pod))
-			wentThrough(t, incident.Wait(t.Context(), time.Minute, "nothing of the pod to be left on its node", func(ctx context.Context) error {
+			wentThrough(t, incident.Wait(t.Context(), 2*time.Minute, "nothing of the pod to be left on its node", func(ctx context.Context) error {
 				return cluster.CoreV1().Pods(ns).Delete(ctx, pod.Name, metav1.DeleteOptions{DryRun: []string{metav1.DryRunAll}})
 			}))
 			wentThrough(t, forceDelete(t, pod))
@@ -358,7 +358,7 @@ func deleteAll(t *testing.T, mode string, count int, decision, reason string, be
 			lines[line.PodUID]++
 		}
 	}
-	wentThrough(t, incident.Wait(t.Context(), 30*time.Second, "the Events about the pods", func(context.Context) error {
+	wentThrough(t, incident.Wait(t.Context(), 2*time.Minute, "the Events about the pods", func(context.Context) error {
 		all := 0
 		for _, event := range events(t, ns, "") {
 			if event.ReportingController == "eni-guard" && event.Reason == reason && event.Action == "collection" {
@@ -431,7 +431,7 @@ func events(t *testing.T, ns string, uid types.UID) []eventsv1.Event {
 func removalEvents(t *testing.T, pod *corev1.Pod) []eventsv1.Event {
 	t.Helper()
 	var found []eventsv1.Event
-	wentThrough(t, incident.Wait(t.Context(), 30*time.Second, "an Event about pod "+pod.Name, func(context.Context) error {
+	wentThrough(t, incident.Wait(t.Context(), 2*time.Minute, "an Event about pod "+pod.Name, func(context.Context) error {
 		found = nil
 		for _, event := range events(t, pod.Namespace, pod.UID) {
 			if event.ReportingController == "eni-guard" && strings.HasPrefix(event.Reason, "ForcedRemoval") {

@@ -130,7 +130,7 @@ func agentPod(t *testing.T) string {
 func awaitInspection(t *testing.T, what string, ask func() inspection, right func(inspection) bool) inspection {
 	t.Helper()
 	var found inspection
-	wentThrough(t, incident.Wait(t.Context(), time.Minute, what, func(context.Context) error {
+	wentThrough(t, incident.Wait(t.Context(), 2*time.Minute, what, func(context.Context) error {
 		if found = ask(); !right(found) {
 			return fmt.Errorf("got %+v", found)
 		}
@@ -198,7 +198,7 @@ func freeze(t *testing.T, pid int) (thaw func()) {
 				_ = os.WriteFile(filepath.Join("/sys/fs/cgroup/freezer", path, "cgroup.procs"), []byte(strconv.Itoa(pid)), 0o600)
 			}
 		}
-		if err := incident.Wait(context.Background(), 10*time.Second, "the frozen group to be empty", func(context.Context) error { return os.Remove(group) }); err != nil {
+		if err := incident.Wait(context.Background(), 2*time.Minute, "the frozen group to be empty", func(context.Context) error { return os.Remove(group) }); err != nil {
 			t.Error(err)
 		}
 	}
@@ -224,7 +224,7 @@ func TestAFrozenProcessIsRefused(t *testing.T) {
 	process := mainProcess(t, pod, "sleep")
 	thaw := freeze(t, process.PID)
 	wentThrough(t, plainDelete(t.Context(), cluster, pod))
-	wentThrough(t, incident.Wait(t.Context(), time.Minute, "the refusal to name the frozen process", func(context.Context) error {
+	wentThrough(t, incident.Wait(t.Context(), 2*time.Minute, "the refusal to name the frozen process", func(context.Context) error {
 		err := forceDelete(t, pod)
 		if err == nil || !strings.Contains(err.Error(), fmt.Sprintf("process %d (sleep) is in state D (uninterruptible sleep)", process.PID)) {
 			return fmt.Errorf("got %w", err)
@@ -323,7 +323,7 @@ func TestASandboxWhoseRecordIsGone(t *testing.T) {
 	for _, p := range incident.Processes(pod) {
 		wentThrough(t, syscall.Kill(p.PID, syscall.SIGKILL))
 	}
-	wentThrough(t, incident.Wait(t.Context(), 30*time.Second, "the processes of the pod to end", func(context.Context) error {
+	wentThrough(t, incident.Wait(t.Context(), 2*time.Minute, "the processes of the pod to end", func(context.Context) error {
 		if left := incident.Processes(pod); len(left) > 0 {
 			return fmt.Errorf("there are %+v", left)
 		}
@@ -353,7 +353,7 @@ func TestASandboxWhoseRecordIsGone(t *testing.T) {
 func awaitCondition(t *testing.T, status corev1.ConditionStatus, words ...string) corev1.NodeCondition {
 	t.Helper()
 	var found corev1.NodeCondition
-	wentThrough(t, incident.Wait(t.Context(), 90*time.Second, "the node condition OrphanedSandbox to be "+string(status), func(ctx context.Context) error {
+	wentThrough(t, incident.Wait(t.Context(), 2*time.Minute, "the node condition OrphanedSandbox to be "+string(status), func(ctx context.Context) error {
 		node, err := cluster.CoreV1().Nodes().Get(ctx, incident.Node, metav1.GetOptions{})
 		if err != nil {
 			return err
@@ -418,7 +418,7 @@ func leftoverIsReported(t *testing.T) {
 
 	// While the runtime is away, nothing is called gone.
 	startRuntime := killDaemon(t, "containerd")
-	wentThrough(t, incident.Wait(t.Context(), time.Minute, "the agent to notice that the runtime is away", func(context.Context) error {
+	wentThrough(t, incident.Wait(t.Context(), 2*time.Minute, "the agent to notice that the runtime is away", func(context.Context) error {
 		if up := agentMetric(t, `eni_guard_probe_up{probe="runtime"}`); up != "0" {
 			return fmt.Errorf("eni_guard_probe_up is %q", up)
 		}
@@ -517,7 +517,7 @@ func TestARuntimeThatIsDown(t *testing.T) {
 		t.Errorf("of a finished pod: got %+v", found[1])
 	}
 	refused(t, forceDelete(t, bound), "is still alive on node node-1: process ")
-	wentThrough(t, incident.Wait(t.Context(), time.Minute, "the agent not to be ready", func(ctx context.Context) error {
+	wentThrough(t, incident.Wait(t.Context(), 2*time.Minute, "the agent not to be ready", func(ctx context.Context) error {
 		pod, err := cluster.CoreV1().Pods(incident.GuardNamespace).Get(ctx, agentPod(t), metav1.GetOptions{})
 		if err == nil && slices.ContainsFunc(pod.Status.Conditions, func(c corev1.PodCondition) bool { return c.Type == corev1.PodReady && c.Status == corev1.ConditionTrue }) {
 			err = errors.New("it is")

@@ -57,7 +57,7 @@ func TestAnOverrideNeedsTheAnnotationAndTheRight(t *testing.T) {
 		t.Errorf("user %s, fields %v", record.Actor(), record.fields)
 	}
 	operator.warned(t, "overridden: pod "+ns+"/web-0 is still alive on node node-1: process ")
-	wentThrough(t, incident.Wait(t.Context(), 30*time.Second, "the Event about the override", func(context.Context) error {
+	wentThrough(t, incident.Wait(t.Context(), 2*time.Minute, "the Event about the override", func(context.Context) error {
 		for _, event := range events(t, ns, pod.UID) {
 			if event.Reason == "ForcedRemovalOverridden" {
 				if !strings.HasPrefix(event.Note, "user "+operatorName+": pod "+ns+"/web-0 is still alive") || !strings.HasSuffix(event.Note, `Override: "the node is powered off".`) {
@@ -306,7 +306,7 @@ func people(t *testing.T, ns string) (intern, operator *caller) {
 		return review.Status.Allowed
 	}
 	remove, force := authorizationv1.ResourceAttributes{Verb: "delete", Resource: "pods"}, authorizationv1.ResourceAttributes{Verb: "override", Group: "eni-guard.io", Resource: "forcedeletes"}
-	wentThrough(t, incident.Wait(t.Context(), 10*time.Second, "the rights to be in force", func(context.Context) error {
+	wentThrough(t, incident.Wait(t.Context(), 2*time.Minute, "the rights to be in force", func(context.Context) error {
 		if !may(internName, remove) || !may(operatorName, remove) || !may(operatorName, force) {
 			return errors.New("they are not")
 		}

@@ -144,7 +144,7 @@ func finished(t *testing.T, ns string, change func(*corev1.Pod)) *corev1.Pod {
 // is still there for a moment. Whatever the mode answers then is on record.
 func awaitReleased(t *testing.T, pod *corev1.Pod) {
 	t.Helper()
-	wentThrough(t, incident.Wait(t.Context(), time.Minute, "nothing of the pod to be left on its node", func(ctx context.Context) error {
+	wentThrough(t, incident.Wait(t.Context(), 2*time.Minute, "nothing of the pod to be left on its node", func(ctx context.Context) error {
 		err := cluster.CoreV1().Pods(pod.Namespace).Delete(ctx, pod.Name, metav1.DeleteOptions{DryRun: []string{metav1.DryRunAll}})
 		all := records(t, pod)
 		if len(all) == 0 || all[len(all)-1].fields["verdict"] != "released" {
@@ -227,7 +227,7 @@ func TestAMarkedPodIsJudgedAgain(t *testing.T) {
 		wentThrough(t, plainDelete(t.Context(), cluster, pod))
 		count := len(records(t, pod))
 		// The guard remembers for two seconds what it has said of one removal.
-		wentThrough(t, incident.Wait(t.Context(), 30*time.Second, "a delete of a pod that carries grace period 0 to be judged", func(ctx context.Context) error {
+		wentThrough(t, incident.Wait(t.Context(), 2*time.Minute, "a delete of a pod that carries grace period 0 to be judged", func(ctx context.Context) error {
 			if err := cluster.CoreV1().Pods(ns).Delete(ctx, pod.Name, metav1.DeleteOptions{GracePeriodSeconds: new(int64(30))}); err != nil {
 				return err
 			}

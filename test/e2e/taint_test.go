@@ -90,7 +90,7 @@ func setOrphaned(t *testing.T, node string, status corev1.ConditionStatus) {
 // awaitTaint waits until a node has the guard's taint, or has not, and checks that it still has the other one.
 func awaitTaint(t *testing.T, name string, wanted bool) {
 	t.Helper()
-	wentThrough(t, incident.Wait(t.Context(), 90*time.Second, fmt.Sprintf("node %s to be tainted: %v", name, wanted), func(ctx context.Context) error {
+	wentThrough(t, incident.Wait(t.Context(), 2*time.Minute, fmt.Sprintf("node %s to be tainted: %v", name, wanted), func(ctx context.Context) error {
 		node, err := cluster.CoreV1().Nodes().Get(ctx, name, metav1.GetOptions{})
 		if err != nil {
 			return err
@@ -113,7 +113,7 @@ func awaitTaint(t *testing.T, name string, wanted bool) {
 // awaitNodeEvent waits for an Event on a node that `kubectl describe node` shows.
 func awaitNodeEvent(t *testing.T, node, reason, words string) {
 	t.Helper()
-	wentThrough(t, incident.Wait(t.Context(), 30*time.Second, "an Event "+reason+" on node "+node, func(context.Context) error {
+	wentThrough(t, incident.Wait(t.Context(), 2*time.Minute, "an Event "+reason+" on node "+node, func(context.Context) error {
 		for _, event := range events(t, "default", types.UID(node)) {
 			if event.Reason == reason && strings.Contains(event.Note, words) {
 				return nil

@@ -127,7 +127,7 @@ func TestUninstall(t *testing.T) {
 		if conditions := kubectl(t, "", "get", "node", node, "-o", "jsonpath={.status.conditions[*].type}"); strings.Contains(conditions, orphanedCondition) {
 			t.Errorf("node %s has the conditions %s", node, conditions)
 		}
-		wentThrough(t, incident.Wait(t.Context(), time.Minute, "the guard to be gone", func(context.Context) error {
+		wentThrough(t, incident.Wait(t.Context(), 2*time.Minute, "the guard to be gone", func(context.Context) error {
 			if left := guardObjects(t); left != "" {
 				return errors.New(left)
 			}
@@ -137,7 +137,7 @@ func TestUninstall(t *testing.T) {
 
 	// From here on the addresses are nobody's. The next test must not be given one that is in use.
 	wentThrough(t, stuck.Release())
-	wentThrough(t, incident.Wait(t.Context(), time.Minute, "the processes to end", func(context.Context) error {
+	wentThrough(t, incident.Wait(t.Context(), 2*time.Minute, "the processes to end", func(context.Context) error {
 		if left := append(incident.Processes(first), incident.Processes(second)...); len(left) > 0 {
 			return fmt.Errorf("%+v", left)
 		}
@@ -161,7 +161,7 @@ func refuseTheGuard(t *testing.T, ns string) {
 			_, err := cluster.Kubectl(ctx, "-n", ns, "annotate", "pods", "--all", "e2e=try", "--as="+account, "--dry-run=server", "--overwrite")
 			return err
 		}
-		if err := incident.Wait(context.Background(), 30*time.Second, "the policy to be gone", try); err != nil {
+		if err := incident.Wait(context.Background(), 2*time.Minute, "the policy to be gone", try); err != nil {
 			t.Error(err)
 		}
 	})
@@ -186,7 +186,7 @@ func refuseTheGuard(t *testing.T, ns string) {
 		},
 	}, metav1.CreateOptions{})
 	wentThrough(t, err)
-	wentThrough(t, incident.Wait(t.Context(), 30*time.Second, "the policy to be in force", func(ctx context.Context) error {
+	wentThrough(t, incident.Wait(t.Context(), 2*time.Minute, "the policy to be in force", func(ctx context.Context) error {
 		out, err := cluster.Kubectl(ctx, "-n", ns, "annotate", "pods", "--all", "e2e=try", "--as="+account, "--dry-run=server", "--overwrite")
 		if err == nil || !strings.Contains(out, "the test refuses") {
 			return fmt.Errorf("%w: %s", err, out)

@@ -215,7 +215,7 @@ func TestADeletedNamespaceWaitsForARunningPodWithoutTime(t *testing.T) {
 	wentThrough(t, cluster.Namespace(t.Context(), ns, map[string]string{testLabel: "", "eni-guard.io/mode": "deny"}))
 	pod := sleeper(t, ns, "web-0", withoutTime)
 	wentThrough(t, cluster.CoreV1().Namespaces().Delete(t.Context(), ns, metav1.DeleteOptions{}))
-	wentThrough(t, incident.Wait(t.Context(), 30*time.Second, "the namespace controller to be refused", func(context.Context) error {
+	wentThrough(t, incident.Wait(t.Context(), 2*time.Minute, "the namespace controller to be refused", func(context.Context) error {
 		for _, record := range records(t, pod) {
 			if record.Actor() == "system:serviceaccount:kube-system:namespace-controller" && record.fields["decision"] == "denied" && record.ResponseStatus.Code == http.StatusConflict {
 				return nil
@@ -539,7 +539,7 @@ func TestATerminalPhaseWhileBoundIsReported(t *testing.T) {
 			t.Errorf("the phase is %s", phase)
 		}
 		for _, regarding := range []corev1.ObjectReference{{Kind: "Pod", Namespace: ns, Name: pod.Name, UID: pod.UID}, {Kind: "Node", Namespace: "default", Name: incident.Node, UID: incident.Node}} {
-			err := incident.Wait(t.Context(), 30*time.Second, "an Event about the "+regarding.Kind, func(context.Context) error {
+			err := incident.Wait(t.Context(), 2*time.Minute, "an Event about the "+regarding.Kind, func(context.Context) error {
 				for _, event := range events(t, regarding.Namespace, regarding.UID) {
 					if event.Reason == "TerminalPhaseWhileBound" && event.Type == corev1.EventTypeWarning && event.Regarding.Kind == regarding.Kind &&
 						strings.HasPrefix(event.Note, "user kubernetes-admin has written a terminal phase, but pod "+ns+"/web-0 is still alive on node node-1: ") {
@@ -589,7 +589,7 @@ func setMode(t *testing.T, ns, mode string) {
 		t.Fatal(err)
 	}
 	for _, pod := range pods.Items {
-		err := incident.Wait(t.Context(), 30*time.Second, "the mode "+mode+" to be in force in namespace "+ns, func(ctx context.Context) error {
+		err := incident.Wait(t.Context(), 2*time.Minute, "the mode "+mode+" to be in force in namespace "+ns, func(ctx context.Context) error {
 			// A single DELETE in dry run; whatever the answer is, it is on record.
 			err := cluster.CoreV1().Pods(ns).Delete(ctx, pod.Name, metav1.DeleteOptions{GracePeriodSeconds: forced.GracePeriodSeconds, DryRun: []string{metav1.DryRunAll}})
 			records := records(t, &pod)

@@ -253,7 +253,7 @@ func (r *run) nothingIsLeft(ctx context.Context) {
 	if err := r.cluster.RemoveNamespace(ctx, prefix+"canary"); err != nil {
 		r.fail("%v", err)
 	}
-	err = incident.Wait(ctx, time.Minute, "the observer to hear of it", func(context.Context) error {
+	err = incident.Wait(ctx, 2*time.Minute, "the observer to hear of it", func(context.Context) error {
 		if !r.observer.Judged(r.canary.UID) {
 			return errors.New("it has not")
 		}

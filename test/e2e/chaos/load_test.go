@@ -352,7 +352,7 @@ func freeze(_ context.Context, r *run, pod *corev1.Pod) (func(context.Context) e
 				_ = os.WriteFile(filepath.Join("/sys/fs/cgroup/freezer", path, "cgroup.procs"), []byte(strconv.Itoa(pid)), 0o600)
 			}
 		}
-		return incident.Wait(ctx, 10*time.Second, "the frozen group to be empty", func(context.Context) error {
+		return incident.Wait(ctx, 2*time.Minute, "the frozen group to be empty", func(context.Context) error {
 			if err := os.Remove(group); !errors.Is(err, os.ErrNotExist) {
 				return err
 			}

@@ -123,7 +123,7 @@ func (c *Cluster) Namespace(ctx context.Context, name string, labels map[string]
 	if err != nil {
 		return err
 	}
-	return Wait(ctx, 30*time.Second, "the service account of namespace "+name, func(ctx context.Context) error {
+	return Wait(ctx, 2*time.Minute, "the service account of namespace "+name, func(ctx context.Context) error {
 		_, err := c.CoreV1().ServiceAccounts(name).Get(ctx, "default", metav1.GetOptions{})
 		return err
 	})
@@ -195,7 +195,7 @@ func (c *Cluster) AwaitStarted(ctx context.Context, namespace, name string) (*co
 
 // AwaitFinished waits until a pod is in the phase Succeeded.
 func (c *Cluster) AwaitFinished(ctx context.Context, pod *corev1.Pod) error {
-	return Wait(ctx, time.Minute, fmt.Sprintf("pod %s/%s to finish", pod.Namespace, pod.Name), func(ctx context.Context) error {
+	return Wait(ctx, 2*time.Minute, fmt.Sprintf("pod %s/%s to finish", pod.Namespace, pod.Name), func(ctx context.Context) error {
 		now, err := c.CoreV1().Pods(pod.Namespace).Get(ctx, pod.Name, metav1.GetOptions{})
 		if err == nil && now.Status.Phase != corev1.PodSucceeded {
 			err = fmt.Errorf("phase %s", now.Status.Phase)
@@ -263,7 +263,7 @@ func Processes(pod *corev1.Pod) []Process {
 // killed, D after. (Any process is in state D for moments, such as when its program is read from disk.)
 func AwaitStuck(ctx context.Context, pod *corev1.Pod, state string) (Process, error) {
 	var process Process
-	err := Wait(ctx, time.Minute, fmt.Sprintf("a process of pod %s to be stuck in state %s", pod.Name, state), func(context.Context) error {
+	err := Wait(ctx, 2*time.Minute, fmt.Sprintf("a process of pod %s to be stuck in state %s", pod.Name, state), func(context.Context) error {
 		processes := Processes(pod)
 		i := slices.IndexFunc(processes, func(p Process) bool { return p.WaitingIn == "request_wait_answer" && p.State == state })
 		if i < 0 {
@@ -331,7 +331,7 @@ func (c *Cluster) AwaitCollection(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	return Wait(ctx, time.Minute, "two rounds of eni-sim's garbage collector", func(context.Context) error {
+	return Wait(ctx, 2*time.Minute, "two rounds of eni-sim's garbage collector", func(context.Context) error {
 		now, err := rounds()
 		if err == nil && now < before+2 {
 			err = fmt.Errorf("%d so far", now-before)

@@ -148,7 +148,7 @@ func (s *Story) WithoutGuard(ctx context.Context) (err error) {
 
 // awaitSandboxFailure waits for the event of the incident.
 func (s *Story) awaitSandboxFailure(ctx context.Context, pod *corev1.Pod) error {
-	return Wait(ctx, time.Minute, "an event FailedCreatePodSandBox of pod "+pod.Name, func(ctx context.Context) error {
+	return Wait(ctx, 2*time.Minute, "an event FailedCreatePodSandBox of pod "+pod.Name, func(ctx context.Context) error {
 		events, err := s.CoreV1().Events(pod.Namespace).List(ctx, metav1.ListOptions{
 			FieldSelector: "reason=FailedCreatePodSandBox,involvedObject.uid=" + string(pod.UID),
 		})
@@ -252,7 +252,7 @@ func (s *Story) ReallyGone(ctx context.Context, namespace string) error {
 		return err
 	}
 	// The runtime closes the network namespace a moment after the CNI has released the address.
-	err = Wait(ctx, time.Minute, "nothing of pod "+done.Name+" to be left on its node", func(ctx context.Context) error {
+	err = Wait(ctx, 2*time.Minute, "nothing of pod "+done.Name+" to be left on its node", func(ctx context.Context) error {
 		return s.CoreV1().Pods(namespace).Delete(ctx, done.Name, metav1.DeleteOptions{GracePeriodSeconds: new(int64(0)), DryRun: []string{metav1.DryRunAll}})
 	})
 	if err != nil {
@@ -271,7 +271,7 @@ func (s *Story) ReallyGone(ctx context.Context, namespace string) error {
 
 // awaitReleased waits until the CNI has no address recorded for a pod.
 func (s *Story) awaitReleased(ctx context.Context, pod *corev1.Pod) error {
-	return Wait(ctx, time.Minute, "the address of pod "+pod.Name+" to be back in the pool", func(ctx context.Context) error {
+	return Wait(ctx, 2*time.Minute, "the address of pod "+pod.Name+" to be back in the pool", func(ctx context.Context) error {
 		addresses, err := s.Addresses(ctx)
 		if address := addresses.Of(pod.Namespace, pod.Name); err == nil && address != "" {
 			err = fmt.Errorf("%s is recorded for it", address)
