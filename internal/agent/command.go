@@ -116,7 +116,7 @@ func (o options) run(ctx context.Context, log logr.Logger) error {
 	}
 	health := &http.Server{Handler: HealthHandler(inspector), ErrorLog: logging.Standard(log), ReadHeaderTimeout: 5 * time.Second}
 	registry := prometheus.NewRegistry()
-	registry.MustRegister(mtls.Expiry{"agent": mtls.Dir(o.tlsDir)})
+	registry.MustRegister(mtls.Expiry{"agent": mtls.Dir(o.tlsDir)}, hangingProbes{inspector})
 	config, from, err := apiConfig(o.kubeconfig)
 	if err != nil {
 		return fmt.Errorf("finding the API server: %w", err)

@@ -404,7 +404,7 @@ func (i *Inspector) holdersOf(ctx context.Context, ip netip.Addr) answer {
 		a.Verdict = sandbox.Bound
 		a.Holders = append(a.Holders, Trace{Findings: []sandbox.Finding{{Kind: sandbox.IPAssigned, IP: ip, Interface: "an interface", Netns: s.view.host + ", the host's own"}}})
 	}
-	paths, err := run(ctx, i.slots[sandbox.ProbeNetns], func() (hostPaths, error) { return i.host.paths([]netip.Addr{ip}) })
+	paths, err := run(ctx, i.slots[sandbox.ProbeNetns], func(context.Context) (hostPaths, error) { return i.host.paths([]netip.Addr{ip}) })
 	if err != nil {
 		a.Failures = append(a.Failures, err.Error())
 	}

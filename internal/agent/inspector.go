@@ -17,9 +17,6 @@ import (
 )
 
 const (
-	// maxConcurrent bounds how often a probe of one pod runs at once. A probe that hangs in the kernel cannot be ended; the
-	// bound keeps the hanging ones from piling up.
-	maxConcurrent = 16
 	// viewTimeout is how long one look at all namespaces may take.
 	viewTimeout = 10 * time.Second
 	// maxFindings bounds a report. The most telling findings come first, and any one of them decides.
@@ -31,7 +28,7 @@ type Inspector struct {
 	node    string
 	host    Host
 	runtime records
-	slots   map[sandbox.ProbeName]chan struct{}
+	slots   map[sandbox.ProbeName]*slots
 	views   [2]shared[viewed] // by depth
 }
 
@@ -48,11 +45,11 @@ func NewInspector(node string, host Host, runtime *Runtime) *Inspector {
 }
 
 func newInspector(node string, host Host, runtime records) *Inspector {
-	slots := map[sandbox.ProbeName]chan struct{}{}
+	i := &Inspector{node: node, host: host, runtime: runtime, slots: map[sandbox.ProbeName]*slots{}}
 	for _, name := range sandbox.Required {
-		slots[name] = make(chan struct{}, maxConcurrent)
+		i.slots[name] = newSlots(name)
 	}
-	return &Inspector{node: node, host: host, runtime: runtime, slots: slots}
+	return i
 }
 
 // Inspect looks for a pod until the deadline of ctx: where it usually is, and, if it is not found there, everywhere. It always
@@ -75,14 +72,14 @@ func (i *Inspector) look(ctx context.Context, query sandbox.Query, how depth) sa
 	var probes sync.WaitGroup
 	var pathsErr error
 	probes.Go(func() {
-		e.records, e.runtimeErr = run(first, i.slots[sandbox.ProbeRuntime], func() (podRecords, error) {
-			return i.runtime.pod(first, query.UID)
+		e.records, e.runtimeErr = run(first, i.slots[sandbox.ProbeRuntime], func(ctx context.Context) (podRecords, error) {
+			return i.runtime.pod(ctx, query.UID)
 		})
-		e.paths, pathsErr = run(ctx, i.slots[sandbox.ProbeNetns], func() (hostPaths, error) { return i.host.paths(e.addresses(query)) })
+		e.paths, pathsErr = run(ctx, i.slots[sandbox.ProbeNetns], func(context.Context) (hostPaths, error) { return i.host.paths(e.addresses(query)) })
 	})
 	probes.Go(func() {
-		e.members, e.cgroupsErr = run(first, i.slots[sandbox.ProbeCgroups], func() (podMembers, error) {
-			return i.host.members(first, query.UID, how)
+		e.members, e.cgroupsErr = run(first, i.slots[sandbox.ProbeCgroups], func(ctx context.Context) (podMembers, error) {
+			return i.host.members(ctx, query.UID, how)
 		})
 		e.processes, e.processErr = i.describe(ctx, leaders(e.members.pids))
 		i.lookAgain(ctx, &e)
@@ -107,7 +104,7 @@ func (i *Inspector) look(ctx context.Context, query sandbox.Query, how depth) sa
 	// Most nodes have none: each namespace is recorded for the sandbox of its pod.
 	if e.runtimeErr == nil && e.ownersMatter(query, sandboxes) {
 		var all podRecords
-		all, err = run(ctx, i.slots[sandbox.ProbeRuntime], func() (podRecords, error) { return i.runtime.all(ctx) })
+		all, err = run(ctx, i.slots[sandbox.ProbeRuntime], i.runtime.all)
 		for _, s := range e.takeOthers(query.UID, all) {
 			id, err := i.host.sandboxNamespace(e.view, s)
 			e.netnsErr = errors.Join(e.netnsErr, err)
@@ -142,9 +139,10 @@ type viewed struct {
 
 // view looks at all network namespaces of the node. Questions at the same time share a look.
 func (i *Inspector) view(ctx context.Context, how depth) (v nodeView, processErr, netnsErr error) {
-	seen, err := i.views[how].do(ctx, func() (seen viewed) {
-		ctx, cancel := context.WithTimeout(context.Background(), viewTimeout)
+	seen, err := i.views[how].do(ctx, func(ctx context.Context) (seen viewed) {
+		ctx, cancel := context.WithTimeout(ctx, viewTimeout)
 		defer cancel()
+		defer onThread(ctx, sandbox.ProbeNetns)()
 		seen.nodeView, seen.processErr, seen.netnsErr = i.host.view(ctx, how)
 		return seen
 	})
@@ -168,7 +166,7 @@ func (i *Inspector) withProcesses(ctx context.Context, e evidence) ([]netNamespa
 	if len(missing) == 0 {
 		return e.view.namespaces, nil
 	}
-	read, err := run(ctx, i.slots[sandbox.ProbeNetns], func() ([]netNamespace, error) {
+	read, err := run(ctx, i.slots[sandbox.ProbeNetns], func(ctx context.Context) ([]netNamespace, error) {
 		return missing, i.host.readAddresses(ctx, missing)
 	})
 	// One that has ended meanwhile is there for judge by its process.
@@ -182,7 +180,7 @@ func (i *Inspector) withProcesses(ctx context.Context, e evidence) ([]netNamespa
 }
 
 func (i *Inspector) describe(ctx context.Context, tasks []task) ([]podProcess, error) {
-	return run(ctx, i.slots[sandbox.ProbeProcesses], func() ([]podProcess, error) { return i.host.describe(ctx, tasks) })
+	return run(ctx, i.slots[sandbox.ProbeProcesses], func(ctx context.Context) ([]podProcess, error) { return i.host.describe(ctx, tasks) })
 }
 
 // lookAgain reads the pod's cgroups once more after its processes. What is no longer there has ended in between, and what
@@ -192,7 +190,7 @@ func (i *Inspector) lookAgain(ctx context.Context, e *evidence) {
 	if len(e.members.pids) == 0 {
 		return
 	}
-	now, err := run(ctx, i.slots[sandbox.ProbeCgroups], func() ([]int, error) { return cgroupPIDs(ctx, e.members.groups) })
+	now, err := run(ctx, i.slots[sandbox.ProbeCgroups], func(ctx context.Context) ([]int, error) { return cgroupPIDs(ctx, e.members.groups) })
 	if err != nil {
 		e.cgroupsErr = errors.Join(e.cgroupsErr, err)
 		return
@@ -203,41 +201,6 @@ func (i *Inspector) lookAgain(ctx context.Context, e *evidence) {
 	e.processes = append(e.processes, described...)
 	e.processErr = errors.Join(e.processErr, err)
 	e.members.pids = now
-}
-
-// run calls probe, and gives up on it, but not on its slot, at the deadline of ctx. What a probe returns beside an
-// error is kept: half the evidence is still evidence.
-func run[T any](ctx context.Context, slots chan struct{}, probe func() (T, error)) (T, error) {
-	type result struct {
-		value T
-		err   error
-	}
-	var none T
-	start := time.Now()
-	if ctx.Err() != nil {
-		return none, errors.New("no time was left")
-	}
-	select {
-	case slots <- struct{}{}:
-	case <-ctx.Done():
-		return none, fmt.Errorf("%d other runs of it have not come back", cap(slots))
-	}
-	done := make(chan result, 1)
-	go func() {
-		defer func() { <-slots }()
-		value, err := probe()
-		done <- result{value, err}
-	}()
-	select {
-	case r := <-done:
-		return r.value, r.err
-	case <-ctx.Done():
-		return none, noAnswerAfter(start)
-	}
-}
-
-func noAnswerAfter(start time.Time) error {
-	return fmt.Errorf("no answer after %s", time.Since(start).Round(time.Millisecond))
 }
 
 // part returns a context that ends when a part of the time of ctx has passed.

@@ -23,6 +23,8 @@ import (
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
+
+	"github.com/eni-guard/eni-guard/internal/sandbox"
 )
 
 // netnsDir is where runtimes mount the network namespaces they make. /var/run, which they name, is a link to /run.
@@ -292,6 +294,7 @@ func (h Host) readAddresses(ctx context.Context, namespaces []netNamespace) erro
 
 // visit does the work of readAddresses on the calling thread; back says that the thread is where it was.
 func (h Host) visit(ctx context.Context, namespaces []netNamespace) (back bool, err error) {
+	defer onThread(ctx, sandbox.ProbeNetns)()
 	own, err := netns.Get()
 	if err != nil {
 		return true, err

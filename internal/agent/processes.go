@@ -42,6 +42,7 @@ func leaders(pids []int) []task {
 //
 // It leaves out the calling process, whose threads go into namespaces to look at them.
 func (h Host) tasks(ctx context.Context) (map[string][]task, error) {
+	defer onThread(ctx, sandbox.ProbeProcesses)()
 	proc, err := os.Open(h.Proc)
 	if err != nil {
 		return nil, err

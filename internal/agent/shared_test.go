@@ -16,7 +16,7 @@ func TestQuestionsAtTheSameTimeShareALook(t *testing.T) {
 		var answers []int
 		runs, goOn := 0, make(chan struct{})
 		ask := func() {
-			n, err := s.do(t.Context(), func() int {
+			n, err := s.do(t.Context(), func(context.Context) int {
 				runs++
 				n := runs
 				<-goOn
@@ -37,7 +37,7 @@ func TestQuestionsAtTheSameTimeShareALook(t *testing.T) {
 		}
 		impatient, leave := context.WithCancel(t.Context())
 		leave()
-		if _, err := s.do(impatient, func() int { return 0 }); err == nil {
+		if _, err := s.do(impatient, func(context.Context) int { return 0 }); err == nil {
 			t.Error("an answer after the end of the question")
 		}
 		for range 2 {

@@ -54,10 +54,10 @@ func (i *Inspector) survey(ctx context.Context) survey {
 	var runtimeErr, cgroupsErr, processErr, netnsErr error
 	var probes sync.WaitGroup
 	probes.Go(func() {
-		s.records, runtimeErr = run(ctx, i.slots[sandbox.ProbeRuntime], func() (podRecords, error) { return i.runtime.all(ctx) })
+		s.records, runtimeErr = run(ctx, i.slots[sandbox.ProbeRuntime], i.runtime.all)
 	})
 	probes.Go(func() {
-		s.members, cgroupsErr = run(ctx, i.slots[sandbox.ProbeCgroups], func() (map[string][]int, error) { return i.host.allMembers(ctx) })
+		s.members, cgroupsErr = run(ctx, i.slots[sandbox.ProbeCgroups], i.host.allMembers)
 	})
 	probes.Go(func() { s.view, processErr, netnsErr = i.view(ctx, thorough) })
 	probes.Wait()
