@@ -179,24 +179,32 @@ func runtimesNamespaces() (map[string][]string, error) {
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, err
 	}
-	var nsfs, stat unix.Stat_t
-	if err := unix.Stat("/proc/thread-self/ns/net", &nsfs); err != nil {
+	nsfs, err := identify(unix.AT_FDCWD, "/proc/thread-self/ns/net")
+	if err != nil {
 		return nil, err
 	}
 	mounted := map[string][]string{}
 	for _, entry := range entries {
 		path := filepath.Join(netnsDir, entry.Name())
-		if unix.Stat(path, &stat) != nil || stat.Dev != nsfs.Dev {
+		file, err := identify(unix.AT_FDCWD, path)
+		if err != nil || file.Dev_major != nsfs.Dev_major || file.Dev_minor != nsfs.Dev_minor {
 			continue // gone, or a file on which no namespace is mounted
 		}
-		id := namespaceID(stat)
+		id := namespaceID(file)
 		mounted[id] = append(mounted[id], path)
 	}
 	return mounted, nil
 }
 
+// identify returns device and inode of a file as the kernel has them, without asking the file system: a dead one, NFS or FUSE, may be
+// mounted over a namespace, and would never answer.
+func identify(directory int, path string) (file unix.Statx_t, err error) {
+	err = unix.Statx(directory, path, unix.AT_EMPTY_PATH|unix.AT_STATX_DONT_SYNC, unix.STATX_INO, &file)
+	return file, err
+}
+
 // namespaceID is how the kernel writes the namespace behind a file. That it is one for the network, entering it tells.
-func namespaceID(stat unix.Stat_t) string { return "net:[" + strconv.FormatUint(stat.Ino, 10) + "]" }
+func namespaceID(file unix.Statx_t) string { return "net:[" + strconv.FormatUint(file.Ino, 10) + "]" }
 
 // mountedNamespaces returns the network namespaces that are mounted on this node, from net:[INODE] to paths.
 //
@@ -446,20 +454,26 @@ func readAddress(m syscall.NetlinkMessage, names map[uint32]string) (a assignmen
 }
 
 // enter takes the calling thread into the network namespace behind a file, if it is the one with the given id: a path may
-// have been unmounted, a process ended and its number given to another, since the namespace was seen there.
+// have been unmounted or covered, a process ended and its number given to another, since the namespace was seen there. Only then is the
+// file opened; what else is there may be a dead mount.
 func enter(file, id string) error {
-	ns, err := netns.GetFromPath(file)
+	place, err := unix.Open(file, unix.O_PATH|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return &fs.PathError{Op: "open", Path: file, Err: err}
+	}
+	defer unix.Close(place)
+	found, err := identify(place, "")
+	if err != nil {
+		return err
+	}
+	if namespaceID(found) != id {
+		return fs.ErrNotExist
+	}
+	ns, err := netns.GetFromPath("/proc/thread-self/fd/" + strconv.Itoa(place))
 	if err != nil {
 		return err
 	}
 	defer ns.Close()
-	var stat unix.Stat_t
-	if err := unix.Fstat(int(ns), &stat); err != nil {
-		return err
-	}
-	if namespaceID(stat) != id {
-		return fs.ErrNotExist
-	}
 	if err := netns.Set(ns); err != nil {
 		return fmt.Errorf("entering: %w", err)
 	}

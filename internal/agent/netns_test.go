@@ -2,6 +2,7 @@ package agent
 
 import (
 	"bufio"
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -16,6 +17,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/moby/sys/mountinfo"
 	"github.com/vishvananda/netlink"
@@ -171,6 +173,40 @@ func TestACoveredNamespaceIsNotGone(t *testing.T) {
 	v, _, err := realNode.view(t.Context(), thorough)
 	if n, found := v.namespace(id); !found || err == nil || !strings.Contains(err.Error(), "something else covers it") {
 		t.Errorf("got %+v (%v)", n, err)
+	}
+}
+
+// deadMount mounts a FUSE file system over a file whose server never says a word: whoever asks it for anything waits until the end of
+// the test.
+func deadMount(t *testing.T, file string) {
+	t.Helper()
+	server, err := unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Without its server, all who wait get an error.
+	t.Cleanup(func() { _ = errors.Join(unix.Unmount(file, unix.MNT_DETACH), unix.Close(server)) })
+	if err := unix.Mount("eni-guard-test", file, "fuse", 0, fmt.Sprintf("fd=%d,rootmode=100000,user_id=0,group_id=0", server)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// A dead mount over a namespace neither hangs the agent, nor lets the namespace look closed.
+func TestADeadMountOverANamespace(t *testing.T) {
+	name := fmt.Sprintf("eni-guard-test-dead-%d", os.Getpid())
+	namedNamespace(t, name)
+	path := filepath.Join(netnsDir, name)
+	id := look(t, thorough).mountedAt(path)
+	deadMount(t, path)
+	i := newInspector("node-a", realNode, fakeRuntime(knowsNothing))
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	if v, processErr, netnsErr := i.view(ctx, quick); v.mountedAt(path) != "" || processErr != nil || netnsErr != nil {
+		t.Errorf("a quick look: got %+v, %v, %v", v, processErr, netnsErr)
+	}
+	v, processErr, netnsErr := i.view(ctx, thorough)
+	if _, found := v.namespace(id); !found || processErr != nil || netnsErr == nil || !strings.Contains(netnsErr.Error(), "mounted at "+path+", but something else covers it") {
+		t.Errorf("got %+v, %v, %v", v, processErr, netnsErr)
 	}
 }
 
