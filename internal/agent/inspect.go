@@ -396,16 +396,16 @@ func (i *Inspector) holdersOf(ctx context.Context, ip netip.Addr) answer {
 			a.Holders = append(a.Holders, i.told(ctx, s, t, &a))
 		}
 	}
-	addresses, err := net.InterfaceAddrs()
+	own, err := run(ctx, i.slots[sandbox.ProbeNetns], func(context.Context) ([]assignment, error) { return i.host.ownAddress(ip) })
 	if err != nil {
-		a.Failures = append(a.Failures, "the host's own addresses could not be listed: "+err.Error())
+		a.Failures = append(a.Failures, err.Error())
 	}
-	if slices.ContainsFunc(addresses, func(a net.Addr) bool { return strings.HasPrefix(a.String(), ip.String()+"/") }) {
+	for _, address := range own {
 		a.Verdict = sandbox.Bound
-		a.Holders = append(a.Holders, Trace{Findings: []sandbox.Finding{{Kind: sandbox.IPAssigned, IP: ip, Interface: "an interface", Netns: s.view.host + ", the host's own"}}})
+		a.Holders = append(a.Holders, Trace{Findings: []sandbox.Finding{{Kind: sandbox.IPAssigned, IP: ip, Interface: address.device, Netns: s.view.host + ", the host's own"}}})
 	}
 	paths, err := run(ctx, i.slots[sandbox.ProbeNetns], func(context.Context) (hostPaths, error) { return i.host.paths([]netip.Addr{ip}) })
-	if err != nil {
+	if err != nil && !slices.Contains(a.Failures, err.Error()) {
 		a.Failures = append(a.Failures, err.Error())
 	}
 	for _, r := range paths.routes {

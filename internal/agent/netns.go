@@ -308,7 +308,7 @@ func (h Host) visit(ctx context.Context, namespaces []netNamespace) (back bool, 
 		return true, err
 	}
 	defer own.Close()
-	buffer := make([]byte, 32<<10) // what the kernel fills at most (net/netlink/af_netlink.c, netlink_dump)
+	buffer := make([]byte, dumpSize)
 	for i := range namespaces {
 		if err = ctx.Err(); err != nil {
 			break
@@ -345,6 +345,9 @@ func addressesIn(files []string, id string, buffer []byte) ([]assignment, error)
 	}
 	return complete(func() ([]assignment, error) { return listAddresses(buffer) })
 }
+
+// dumpSize is what the kernel fills at most of a part of a list (net/netlink/af_netlink.c, netlink_dump).
+const dumpSize = 32 << 10
 
 // dumpTimeout is how long the kernel may take to list the addresses of one namespace.
 const dumpTimeout = 5 * time.Second

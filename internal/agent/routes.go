@@ -5,6 +5,9 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
+	"runtime"
+	"slices"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -31,12 +34,46 @@ type hostPaths struct {
 	rules  []string
 }
 
-// paths looks for the addresses in the routes and rules of the host's network namespace, in all tables. Terway has a rule
-// to each address, of priority 512, and one from it, of 2048.
+// onHostNetwork returns an error if the calling thread is not in the host's network namespace: what it would take for the host's routes
+// and addresses would be a pod's.
+func (h Host) onHostNetwork() error {
+	host, err := h.namespace("net")
+	if err != nil {
+		return err
+	}
+	// Of this thread, whatever h shows: it is the one that asks.
+	own, err := os.Readlink("/proc/thread-self/ns/net")
+	if err != nil {
+		return err
+	}
+	if own != host {
+		return errors.New("this does not run in the host's network namespace (hostNetwork: true is missing), and so does not see the host's routes")
+	}
+	return nil
+}
+
+// ownAddress returns those of an address that the host itself has.
+func (h Host) ownAddress(ip netip.Addr) ([]assignment, error) {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	if err := h.onHostNetwork(); err != nil {
+		return nil, err
+	}
+	all, err := complete(func() ([]assignment, error) { return listAddresses(make([]byte, dumpSize)) })
+	if err != nil {
+		return nil, fmt.Errorf("the host's own addresses: %w", err)
+	}
+	return slices.DeleteFunc(all, func(a assignment) bool { return a.ip != ip }), nil
+}
+
+// paths looks for the addresses in the routes and rules of the host's network namespace, and of no other, in all tables. Terway has a
+// rule to each address, of priority 512, and one from it, of 2048.
 func (h Host) paths(ips []netip.Addr) (hostPaths, error) {
 	var found hostPaths
-	if len(ips) == 0 {
-		return found, nil
+	runtime.LockOSThread() // so that the socket is opened where it was checked
+	defer runtime.UnlockOSThread()
+	if err := h.onHostNetwork(); err != nil || len(ips) == 0 {
+		return found, err
 	}
 	handle, err := netlink.NewHandle(unix.NETLINK_ROUTE)
 	if err != nil {

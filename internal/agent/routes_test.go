@@ -5,7 +5,9 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 
 	"github.com/vishvananda/netlink"
@@ -78,4 +80,61 @@ func TestANamespaceThatOnlyAnOpenFileKeeps(t *testing.T) {
 		}
 		return nil
 	})
+}
+
+// What is not in the host's network namespace would take a pod's routes and addresses for the host's.
+func TestOnlyTheHostsRoutesAreRead(t *testing.T) {
+	requireRoot(t)
+	var paths hostPaths
+	var own []assignment
+	var refusals [2]error
+	away(t, func() error {
+		err := unix.Unshare(unix.CLONE_NEWNET)
+		if err == nil {
+			err = addAddress(testAddress)
+		}
+		paths, refusals[0] = realNode.paths([]netip.Addr{testAddress})
+		own, refusals[1] = realNode.ownAddress(testAddress)
+		return err
+	})
+	for _, refusal := range refusals {
+		if refusal == nil || !strings.Contains(refusal.Error(), "hostNetwork: true is missing") {
+			t.Errorf("got %v", refusal)
+		}
+	}
+	if len(paths.routes)+len(paths.rules)+len(own) > 0 {
+		t.Errorf("got %+v and %+v", paths, own)
+	}
+	// An agent that is not in it has not run its probe.
+	elsewhere := lookable(t)
+	if err := os.Remove(filepath.Join(elsewhere.Proc, "1/ns/net")); err != nil {
+		t.Fatal(err)
+	}
+	elsewhere.symlink("1/ns/net", "net:[7]")
+	i := newInspector("node-a", elsewhere.Host, fakeRuntime(knowsNothing))
+	if report := i.Inspect(t.Context(), podQuery); report.Verdict() != sandbox.Unknown || !strings.Contains(strings.Join(report.Failures(), "; "), "hostNetwork: true is missing") {
+		t.Errorf("%s: %q", report.Verdict(), report.Failures())
+	}
+	if a := i.holdersOf(t.Context(), testAddress); a.Verdict != sandbox.Unknown || len(a.Failures) != 1 || !strings.Contains(a.Failures[0], "hostNetwork: true is missing") {
+		t.Errorf("%s: %q", a.Verdict, a.Failures)
+	}
+}
+
+// An address of the host itself is nobody else's, and is told with its device.
+func TestAnAddressOfTheHostItself(t *testing.T) {
+	requireRoot(t)
+	address := netip.MustParseAddr("10.113.7.6")
+	device, err := netlink.LinkByName("lo")
+	if err != nil {
+		t.Fatal(err)
+	}
+	assigned := &netlink.Addr{IPNet: netlink.NewIPNet(address.AsSlice())}
+	if err := netlink.AddrAdd(device, assigned); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = netlink.AddrDel(device, assigned) })
+	a := newInspector("node-a", lookable(t).Host, fakeRuntime(knowsNothing)).holdersOf(t.Context(), address)
+	if a.Verdict != sandbox.Bound || len(a.Holders) != 1 || a.Holders[0].Findings[0].Interface != "lo" || !strings.HasSuffix(a.Holders[0].Findings[0].Netns, "the host's own") {
+		t.Errorf("%s: %+v (%q)", a.Verdict, a.Holders, a.Failures)
+	}
 }
