@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -99,15 +98,29 @@ var likelyCRISockets = []string{
 	"/run/containerd/containerd.sock", "/run/crio/crio.sock", "/run/k3s/containerd/containerd.sock", "/run/k0s/containerd.sock", "/run/cri-dockerd.sock",
 }
 
-// dialSocket says why nobody answers at a socket.
-func dialSocket(ctx context.Context, socket string) error {
-	ctx, cancel := context.WithTimeout(ctx, time.Second)
+// nextStep says what to do about failures, if the container runtime is what fails and that can be told.
+func nextStep(ctx context.Context, socket string, failures []string) string {
+	// Also when the time for looking is over.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
 	defer cancel()
-	conn, err := (&net.Dialer{}).DialContext(ctx, "unix", strings.TrimPrefix(socket, "unix://"))
+	conn, listener, err := dialSocket(ctx, socket)
 	if err != nil {
-		return err
+		return afterDialing(socket, err, existing(likelyCRISockets))
 	}
-	return conn.Close()
+	_ = conn.Close()
+	if !slices.ContainsFunc(failures, runtimeIsSilent) {
+		return ""
+	}
+	name, _ := os.ReadFile(fmt.Sprintf("/proc/%d/comm", listener))
+	return fmt.Sprintf("%s, and at what process %d (%s), which listens at %s, waits for (`cat /proc/%d/task/*/stack`)",
+		silentRuntime, listener, strings.TrimSpace(string(name)), socket, listener)
+}
+
+const silentRuntime = "the runtime does not answer; it can be started again while pods run. Before that, look at its log"
+
+// runtimeIsSilent says whether a failure is that the runtime has not answered in time.
+func runtimeIsSilent(failure string) bool {
+	return strings.Contains(failure, noRuntimeAnswer) || strings.HasPrefix(failure, fmt.Sprintf("the probe %q did not run: no answer after ", sandbox.ProbeRuntime))
 }
 
 // afterDialing says what to do about err, with which the CRI socket could not be dialled, if anything; others are sockets that are there.
@@ -124,6 +137,8 @@ func afterDialing(socket string, err error, others []string) string {
 		return "there is no " + socket + "; " + elsewhere
 	case errors.Is(err, syscall.ECONNREFUSED):
 		return "no container runtime listens at " + socket + "; start it, or " + elsewhere
+	case errors.Is(err, os.ErrDeadlineExceeded), errors.Is(err, context.DeadlineExceeded):
+		return silentRuntime
 	default:
 		return ""
 	}
@@ -284,7 +299,7 @@ func (o inspectOptions) run(ctx context.Context, out io.Writer, q inspectQuestio
 	}
 	a.Node = o.node
 	if len(a.Failures) > 0 {
-		a.NextStep = afterDialing(o.criSocket, dialSocket(ctx, o.criSocket), existing(likelyCRISockets))
+		a.NextStep = nextStep(ctx, o.criSocket, a.Failures)
 	}
 	if err := a.print(out, o.output); err != nil {
 		return err

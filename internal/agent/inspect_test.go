@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"flag"
 	"net"
 	"net/netip"
@@ -279,8 +280,14 @@ func TestTheNextStepWithoutARuntime(t *testing.T) {
 		t.Fatal(err)
 	}
 	listener.(*net.UnixListener).SetUnlinkOnClose(false)
-	if err := dialSocket(t.Context(), "unix://"+nobody); err != nil {
-		t.Errorf("somebody listens: %v", err)
+	conn, pid, err := dialSocket(t.Context(), "unix://"+nobody)
+	if err != nil || pid != os.Getpid() {
+		t.Fatalf("process %d listens: %v", pid, err)
+	}
+	_ = conn.Close()
+	dial := func(socket string) error {
+		_, _, err := dialSocket(t.Context(), socket)
+		return err
 	}
 	if err := listener.Close(); err != nil {
 		t.Fatal(err)
@@ -291,15 +298,50 @@ func TestTheNextStepWithoutARuntime(t *testing.T) {
 		others []string
 		want   string
 	}{
-		{"/run/x.sock", dialSocket(t.Context(), "/run/x.sock"), nil, "there is no /run/x.sock; name the socket of the container runtime by --cri-socket, or start the runtime"},
-		{"/run/x.sock", dialSocket(t.Context(), "/run/x.sock"), []string{"/run/crio/crio.sock"}, "there is no /run/x.sock; name the socket of the container runtime by --cri-socket: this host has /run/crio/crio.sock"},
-		{nobody, dialSocket(t.Context(), nobody), []string{nobody, "/run/crio/crio.sock"}, "no container runtime listens at " + nobody + "; start it, or name the socket of the container runtime by --cri-socket: this host has /run/crio/crio.sock"},
+		{"/run/x.sock", dial("/run/x.sock"), nil, "there is no /run/x.sock; name the socket of the container runtime by --cri-socket, or start the runtime"},
+		{"/run/x.sock", dial("/run/x.sock"), []string{"/run/crio/crio.sock"}, "there is no /run/x.sock; name the socket of the container runtime by --cri-socket: this host has /run/crio/crio.sock"},
+		{nobody, dial(nobody), []string{nobody, "/run/crio/crio.sock"}, "no container runtime listens at " + nobody + "; start it, or name the socket of the container runtime by --cri-socket: this host has /run/crio/crio.sock"},
 		{"/run/x.sock", &net.OpError{Op: "dial", Err: os.NewSyscallError("connect", unix.EACCES)}, nil, "run it as root: /run/x.sock belongs to root"},
-		{"/run/x.sock", context.DeadlineExceeded, nil, ""},
+		{"/run/x.sock", context.DeadlineExceeded, nil, silentRuntime},
 		{"/run/x.sock", nil, nil, ""},
 	} {
 		if got := afterDialing(test.socket, test.err, test.others); got != test.want {
 			t.Errorf("%v: got %q, want %q", test.err, got, test.want)
 		}
+	}
+}
+
+// A runtime that takes questions and answers none is named with its process, whatever was asked.
+func TestTheNextStepWithARuntimeThatHangs(t *testing.T) {
+	socket := filepath.Join(t.TempDir(), "silent.sock")
+	listener, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = listener.Close() })
+	command, err := os.ReadFile("/proc/self/comm")
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := fmt.Sprintf("what to do: %s, and at what process %d (%s), which listens at %s, waits for", silentRuntime, os.Getpid(), strings.TrimSpace(string(command)), socket)
+	for _, question := range []string{"--uid=" + podUID, "--pod=shop/web-0", "--ip=10.113.99.99", "--all"} {
+		t.Run(question, func(t *testing.T) {
+			t.Parallel()
+			cmd := NewInspectCommand()
+			cmd.SetArgs([]string{question, "--cri-socket=" + socket, "--node-name=node-a", "--kubeconfig=/does/not/exist", "--timeout=2s"})
+			cmd.SilenceErrors, cmd.SilenceUsage = true, true
+			var out bytes.Buffer
+			cmd.SetOut(&out)
+			err := cmd.ExecuteContext(t.Context())
+			if status, told := errors.AsType[exitstatus.Error](err); !told || status != exitUnknown {
+				t.Errorf("got %v", err)
+			}
+			if !strings.Contains(out.String(), want) {
+				t.Errorf("printed %s, want %q", out.String(), want)
+			}
+		})
+	}
+	if got := nextStep(t.Context(), socket, []string{`the probe "netns" did not run: no answer after 1s`}); got != "" {
+		t.Errorf("the runtime is blamed for another probe: %s", got)
 	}
 }

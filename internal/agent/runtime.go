@@ -5,12 +5,14 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"strconv"
 	"strings"
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/codes"
@@ -78,6 +80,10 @@ type Runtime struct {
 // runtime was restarted, so a runtime that is down is no error here.
 func NewRuntime(path string) (*Runtime, error) {
 	conn, err := grpc.NewClient("unix://"+strings.TrimPrefix(path, "unix://"), grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
+			conn, _, err := dialSocket(ctx, path)
+			return conn, err
+		}),
 		// As the kubelet's (pkg/kubelet/cri/remote, maxMsgSize): a full node's list may have more than gRPC's 4 MiB.
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(16<<20)),
 		// A runtime that is back must be asked soon, however long it was away.
@@ -86,6 +92,33 @@ func NewRuntime(path string) (*Runtime, error) {
 		return nil, fmt.Errorf("CRI socket %s: %w", path, err)
 	}
 	return &Runtime{client: runtimeapi.NewRuntimeServiceClient(conn), conn: conn, known: map[string]details{}}, nil
+}
+
+// dialSocket connects to a CRI socket; listener is the PID of who listens there, mostly the runtime. Whoever has a PID namespace of its own,
+// and so cannot see the processes of the node, does not see that one: the kernel then says 0 (man 7 unix, SO_PEERCRED). What such an agent
+// does not find proves nothing, so it gets no connection. (Process 1 tells less: every PID namespace has one.)
+func dialSocket(ctx context.Context, path string) (conn net.Conn, listener int, err error) {
+	conn, err = (&net.Dialer{}).DialContext(ctx, "unix", strings.TrimPrefix(path, "unix://"))
+	if err != nil {
+		return nil, 0, err
+	}
+	socket, ok := conn.(*net.UnixConn)
+	if !ok {
+		return nil, 0, errors.Join(fmt.Errorf("%s is no socket of this machine", path), conn.Close())
+	}
+	raw, err := socket.SyscallConn()
+	if err == nil {
+		var peer *unix.Ucred
+		var peerErr error
+		err = raw.Control(func(fd uintptr) { peer, peerErr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) })
+		if err = errors.Join(err, peerErr); err == nil && peer.Pid == 0 {
+			err = errors.New("the runtime's process does not show: this does not run in the host's PID namespace (hostPID: true is missing)")
+		}
+		if err == nil {
+			return conn, int(peer.Pid), nil
+		}
+	}
+	return nil, 0, errors.Join(err, conn.Close())
 }
 
 // Close ends the connection.
@@ -282,9 +315,17 @@ func (r *Runtime) broadcasts(ctx context.Context) bool {
 	return err == nil && n >= 2
 }
 
+// noRuntimeAnswer is the error of a runtime that has taken a question and does not answer.
+const noRuntimeAnswer = "container runtime: no answer in time"
+
 // runtimeError makes a gRPC error readable: its message, without the code in front.
 func runtimeError(err error) error {
 	if s, ok := status.FromError(err); ok && err != nil {
+		// Of a runtime that says nothing to a new connection, gRPC only tells that it has closed that itself.
+		closed := strings.Contains(s.Message(), "error reading server preface") && strings.Contains(s.Message(), net.ErrClosed.Error())
+		if s.Code() == codes.DeadlineExceeded || closed {
+			return errors.New(noRuntimeAnswer)
+		}
 		return fmt.Errorf("container runtime: %s", s.Message())
 	}
 	return err

@@ -5,13 +5,17 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
+	"os/exec"
 	"path/filepath"
 	"reflect"
 	"slices"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
 
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -267,5 +271,43 @@ func TestRuntimeThatIsNotThere(t *testing.T) {
 	}
 	if version, err := runtime.version(t.Context()); err == nil || !strings.HasPrefix(err.Error(), "container runtime: ") {
 		t.Errorf("version %q (%v)", version, err)
+	}
+}
+
+const helperElsewhere = "ENI_GUARD_HELPER_ELSEWHERE"
+
+// TestHelperElsewhere is the process of the test below: it prints what the runtime whose socket it is given says.
+func TestHelperElsewhere(t *testing.T) {
+	socket := os.Getenv(helperElsewhere)
+	if socket == "" {
+		return
+	}
+	runtime, err := NewRuntime(socket)
+	if err == nil {
+		_, err = runtime.version(t.Context())
+	}
+	fmt.Printf("%d: %v\n", os.Getpid(), err)
+}
+
+// Who is in a PID namespace of its own sees no process of the node, and must not say that there is none. Whether it is process 1 there does
+// not matter.
+func TestOnlyInThePIDNamespaceOfTheRuntime(t *testing.T) {
+	requireRoot(t)
+	socket := filepath.Join(t.TempDir(), "cri.sock")
+	listener, err := (&net.ListenConfig{}).Listen(t.Context(), "unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := grpc.NewServer()
+	runtimeapi.RegisterRuntimeServiceServer(server, &recordedCRI{})
+	go func() { _ = server.Serve(listener) }()
+	t.Cleanup(server.Stop)
+	for flags, want := range map[uintptr]string{0: ": <nil>\n", unix.CLONE_NEWPID: "hostPID: true is missing"} {
+		cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run", "^TestHelperElsewhere$")
+		cmd.Env = append(os.Environ(), helperElsewhere+"="+socket)
+		cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: flags}
+		if out, err := cmd.CombinedOutput(); err != nil || !strings.Contains(string(out), want) {
+			t.Errorf("with flags %#x: %v: %s", flags, err, out)
+		}
 	}
 }
