@@ -38,6 +38,7 @@ func stuck() []sandbox.Finding {
 // What people read is the user interface: every message stands in testdata as it is printed.
 func TestMessages(t *testing.T) {
 	bound, unknown := evidence{report: allProbes(stuck()...)}, evidence{failure: "the agent of node node-a did not answer within 5s at 192.0.2.7:9807"}
+	frozen := sandbox.Finding{Kind: sandbox.ProcessAlive, Process: &sandbox.Process{PID: 4242, Command: "java", State: "D", Frozen: true}}
 	conflicting := allProbes(stuck()...)
 	conflicting.Conflicts = []sandbox.Conflict{{
 		IP: netip.MustParseAddr("10.1.2.3"), Netns: "/run/netns/cni-2", Pod: sandbox.Pod{Namespace: "shop", Name: "payment-0", UID: "11111111-2222-3333-4444-555555555555"},
@@ -51,6 +52,7 @@ func TestMessages(t *testing.T) {
 		situation situation
 	}{
 		"bound-process-in-state-D":      {PathDelete, runningPod(terminating(new(int64(30)))), denying(bound)},
+		"bound-frozen":                  {PathDelete, runningPod(terminating(new(int64(30)))), denying(evidence{report: allProbes(frozen)})},
 		"bound-running":                 {PathDelete, runningPod(), denying(evidence{report: allProbes(stuck()[1:]...)})},
 		"bound-called-finished":         {PathDelete, runningPod(phase(corev1.PodFailed)), denying(bound)},
 		"bound-finished":                {PathDelete, ended(), denying(evidence{report: allProbes(stuck()[3:]...)})},

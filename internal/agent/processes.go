@@ -202,6 +202,7 @@ func (h Host) process(proc procfs.FS, t task, boot time.Time) (p podProcess, ali
 			WaitChannel: h.waitChannel(pid, thread.PID),
 			Started:     boot.Add(time.Duration(stat.Starttime) * time.Second / userHZ).UTC(), //nolint:gosec // ticks since boot
 		}
+		p.Frozen = h.frozen(pid, thread.PID, p.State, p.WaitChannel)
 		// The namespace of a leader that is dead already can no longer be read; that of its live thread can.
 		if p.netns, err = os.Readlink(h.task(pid, thread.PID, "ns/net")); err != nil && !gone(err) {
 			return p, alive, fmt.Errorf("network namespace of process %d: %w", pid, err)
@@ -230,39 +231,32 @@ func (h Host) waitChannel(pid, tid int) string {
 	return string(content)
 }
 
-const (
-	// stackTimeout is how long the kernel may take to give a stack: it waits for a lock that an execve holds (fs/proc/base.c,
-	// lock_trace), and one that is stuck holds it for ever.
-	stackTimeout = 50 * time.Millisecond
-	// maxStack bounds the functions that are kept of a stack.
-	maxStack = 16
-)
+// frozen says whether the freezer keeps a thread from running. In version 2 such a thread waits in a place of its own. In version 1 it
+// does so only if it ran: one that slept is kept where it was, in state D (kernel/freezer.c, __set_task_frozen), and only the cgroup
+// tells. While that still says FREEZING, something in it does not stop for the freezer, and may be what is stuck.
+func (h Host) frozen(pid, tid int, state, waitChannel string) bool {
+	if waitChannel == "do_freezer_trap" || waitChannel == "__refrigerator" {
+		return true
+	}
+	if state != "D" {
+		return false
+	}
+	for line := range strings.Lines(explanation(h.task(pid, tid, "cgroup"))) {
+		// 7:freezer:/kubepods/pod…
+		if _, path, found := strings.Cut(strings.TrimSpace(line), ":freezer:"); found {
+			return explanation(filepath.Join(h.Cgroup, "freezer", path, "freezer.state")) == "FROZEN\n"
+		}
+	}
+	return false
+}
 
-// stackSlots bounds how many reads of stacks can hang.
-var stackSlots = make(chan struct{}, 4)
+// maxStack bounds the functions that are kept of a stack.
+const maxStack = 16
 
 // stack returns the kernel functions a thread sleeps in, innermost first; nil when the kernel does not tell, or not in time.
-// It explains a finding, and is none.
 func (h Host) stack(pid, tid int) []string {
-	select {
-	case stackSlots <- struct{}{}:
-	default:
-		return nil
-	}
-	read := make(chan []byte, 1)
-	go func() {
-		defer func() { <-stackSlots }()
-		content, _ := os.ReadFile(h.task(pid, tid, "stack"))
-		read <- content
-	}()
-	var content []byte
-	select {
-	case content = <-read:
-	case <-time.After(stackTimeout):
-		return nil
-	}
 	var functions []string
-	for line := range strings.Lines(string(content)) {
+	for line := range strings.Lines(explanation(h.task(pid, tid, "stack"))) {
 		// [<0>] request_wait_answer+0x1a2/0x2b0
 		_, function, _ := strings.Cut(strings.TrimSpace(line), " ")
 		function, _, _ = strings.Cut(function, "+")
@@ -271,4 +265,32 @@ func (h Host) stack(pid, tid int) []string {
 		}
 	}
 	return functions
+}
+
+// explanationTimeout is how long the kernel may take to give what explains a finding, and is none. For a stack it waits for a lock that an
+// execve holds (fs/proc/base.c, lock_trace), for a cgroup for the one of all cgroups; what is stuck holds them for ever.
+const explanationTimeout = 50 * time.Millisecond
+
+// explanationSlots bounds how many such reads can hang.
+var explanationSlots = make(chan struct{}, 4)
+
+// explanation reads a file; it returns nothing when that cannot be read, or not in time.
+func explanation(file string) string {
+	select {
+	case explanationSlots <- struct{}{}:
+	default:
+		return ""
+	}
+	read := make(chan string, 1)
+	go func() {
+		defer func() { <-explanationSlots }()
+		content, _ := os.ReadFile(file)
+		read <- string(content)
+	}()
+	select {
+	case content := <-read:
+		return content
+	case <-time.After(explanationTimeout):
+		return ""
+	}
 }

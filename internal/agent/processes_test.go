@@ -4,8 +4,10 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"reflect"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -243,4 +245,49 @@ func TestPodCgroupNames(t *testing.T) {
 			t.Errorf("%s: got %q, %v, want %q", name, got, ok, uid)
 		}
 	}
+}
+
+// A process that slept when its group was frozen sleeps where it did, in state D by now.
+func TestAFrozenProcess(t *testing.T) {
+	requireRoot(t)
+	root, freeze, thaw := filepath.Join(realNode.Cgroup, "freezer"), [2]string{"freezer.state", "FROZEN"}, [2]string{"freezer.state", "THAWED"}
+	if _, err := os.Stat(root); err != nil { // version 2
+		root, freeze, thaw = realNode.Cgroup, [2]string{"cgroup.freeze", "1"}, [2]string{"cgroup.freeze", "0"}
+	}
+	group := filepath.Join(root, "eni-guard-test-frozen")
+	if err := os.MkdirAll(group, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	write := func(file [2]string) {
+		t.Helper()
+		if err := os.WriteFile(filepath.Join(group, file[0]), []byte(file[1]), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	cmd := exec.CommandContext(t.Context(), "sleep", "600")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		write(thaw)
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+		await(t, func() error { return os.Remove(group) })
+	})
+	write([2]string{"cgroup.procs", strconv.Itoa(cmd.Process.Pid)})
+	expect := func(frozen bool) {
+		t.Helper()
+		await(t, func() error {
+			found, err := realNode.describe(t.Context(), leaders([]int{cmd.Process.Pid}))
+			if err != nil || len(found) != 1 || found[0].Frozen != frozen {
+				return fmt.Errorf("got %+v (%w), want frozen: %v", found, err, frozen)
+			}
+			return nil
+		})
+	}
+	expect(false)
+	write(freeze)
+	expect(true)
+	write(thaw)
+	expect(false)
 }

@@ -132,6 +132,8 @@ type Process struct {
 	// kernel tells.
 	Stack   []string  `json:"stack,omitempty"`
 	Started time.Time `json:"started,omitzero"`
+	// Frozen says that its cgroup keeps it from running: thawed, it goes on. Most of them are in state D too.
+	Frozen bool `json:"frozen,omitempty"`
 	// Outside says that it is in none of the pod's cgroups, only in a network namespace of the pod.
 	Outside bool `json:"outsideCgroup,omitempty"`
 }
@@ -294,12 +296,17 @@ func (f Finding) String() string {
 }
 
 func (p Process) String() string {
-	text := fmt.Sprintf("%d (%s) is in state %s", p.PID, printable(p.Command), p.State)
+	text := fmt.Sprintf("%d (%s)", p.PID, printable(p.Command))
 	if p.Outside {
-		text = fmt.Sprintf("%d (%s), in the pod's network namespace but not in its cgroup, is in state %s", p.PID, printable(p.Command), p.State)
+		text += ", in the pod's network namespace but not in its cgroup,"
 	}
-	if p.Uninterruptible() {
-		text += " (uninterruptible sleep)"
+	switch {
+	case p.Frozen:
+		return text + fmt.Sprintf(" is frozen by its cgroup (state %s)", p.State) // where it was at that moment does not matter
+	case p.Uninterruptible():
+		text += " is in state D (uninterruptible sleep)"
+	default:
+		text += " is in state " + p.State
 	}
 	if p.WaitChannel != "" {
 		text += " in " + p.WaitChannel

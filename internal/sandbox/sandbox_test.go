@@ -82,6 +82,8 @@ func TestFindingInPlainWords(t *testing.T) {
 		"process 42 (a?b?[2Kc) is in state R": {Kind: ProcessAlive, Process: &Process{PID: 42, Command: "a\nb\x1b[2Kc", State: "R"}},
 		"process 42 (nc), in the pod's network namespace but not in its cgroup, is in state S": {
 			Kind: ProcessAlive, Process: &Process{PID: 42, Command: "nc", State: "S", Outside: true}},
+		"process 42 (nc) is frozen by its cgroup (state D)": {
+			Kind: ProcessAlive, Process: &Process{PID: 42, Command: "nc", State: "D", WaitChannel: "hrtimer_nanosleep", Frozen: true}},
 		"the other end of the host's device cali1, which leads to 10.0.0.1, is in a network namespace that does not show": {
 			Kind: PeerOpen, Interface: "cali1", IP: netip.MustParseAddr("10.0.0.1")},
 		"a process is alive":                                                {Kind: ProcessAlive},
@@ -134,7 +136,7 @@ func TestWireFormat(t *testing.T) {
 		Node: "n", UID: "u",
 		Probes: []Probe{{Name: ProbeRuntime}, {Name: ProbeNetns, Error: "e"}},
 		Findings: []Finding{
-			{Kind: ProcessAlive, Process: &Process{PID: 1, Command: "c", State: "D", WaitChannel: "w", Stack: []string{"f"}, Started: time.Unix(0, 0).UTC(), Outside: true}},
+			{Kind: ProcessAlive, Process: &Process{PID: 1, Command: "c", State: "D", WaitChannel: "w", Stack: []string{"f"}, Started: time.Unix(0, 0).UTC(), Frozen: true, Outside: true}},
 			{Kind: IPAssigned, Sandbox: "s", Netns: "/run/netns/x", IP: netip.MustParseAddr("fd00::1"), Interface: "eth0"},
 		},
 		Sandboxes: []Sandbox{{ID: "s", Ready: true, PID: 2, Netns: "/run/netns/x", IPs: []netip.Addr{netip.MustParseAddr("fd00::1")}, Cgroup: "/kubepods"}},
@@ -142,7 +144,7 @@ func TestWireFormat(t *testing.T) {
 		Routes:    []string{"r"},
 	}
 	const want = `{"node":"n","uid":"u","probes":[{"name":"runtime"},{"name":"netns","error":"e"}],"findings":[` +
-		`{"kind":"ProcessAlive","process":{"pid":1,"command":"c","state":"D","waitChannel":"w","stack":["f"],"started":"1970-01-01T00:00:00Z","outsideCgroup":true}},` +
+		`{"kind":"ProcessAlive","process":{"pid":1,"command":"c","state":"D","waitChannel":"w","stack":["f"],"started":"1970-01-01T00:00:00Z","frozen":true,"outsideCgroup":true}},` +
 		`{"kind":"IPAssigned","sandbox":"s","netns":"/run/netns/x","ip":"fd00::1","interface":"eth0"}],` +
 		`"sandboxes":[{"id":"s","ready":true,"pid":2,"netns":"/run/netns/x","ips":["fd00::1"],"cgroup":"/kubepods"}],` +
 		`"conflicts":[{"ip":"fd00::1","netns":"/run/netns/y","pod":{"namespace":"a","name":"b","uid":"v"}}],"routes":["r"]}`

@@ -226,7 +226,7 @@ func TestAFrozenProcessIsRefused(t *testing.T) {
 	wentThrough(t, plainDelete(t.Context(), cluster, pod))
 	wentThrough(t, incident.Wait(t.Context(), 2*time.Minute, "the refusal to name the frozen process", func(context.Context) error {
 		err := forceDelete(t, pod)
-		if err == nil || !strings.Contains(err.Error(), fmt.Sprintf("process %d (sleep) is in state D (uninterruptible sleep)", process.PID)) {
+		if err == nil || !strings.Contains(err.Error(), fmt.Sprintf("process %d (sleep) is frozen by its cgroup (state D)", process.PID)) {
 			return fmt.Errorf("got %w", err)
 		}
 		return nil
