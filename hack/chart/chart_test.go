@@ -208,6 +208,28 @@ func TestPodsAreRestricted(t *testing.T) {
 	}
 }
 
+// The agent starts on a node that no pod with a network of its own has been on: only a runtime makes /run/netns. What must be there
+// is named when it is not, by the kubelet, and not made.
+func TestTheHostPathsOfTheAgent(t *testing.T) {
+	types := map[string]corev1.HostPathType{}
+	for _, object := range objects(t, cluster{version: newest}, nil) {
+		if object.GetKind() != "DaemonSet" {
+			continue
+		}
+		for _, volume := range podSpec(t, object).Volumes {
+			if volume.HostPath != nil {
+				types[volume.HostPath.Path] = *volume.HostPath.Type
+			}
+		}
+	}
+	want := map[string]corev1.HostPathType{
+		"/run/netns": corev1.HostPathDirectoryOrCreate, "/sys/fs/cgroup": corev1.HostPathDirectory, "/run/containerd": corev1.HostPathDirectory,
+	}
+	if !maps.Equal(types, want) {
+		t.Errorf("got %v, want %v", types, want)
+	}
+}
+
 // Neither the guard's own namespace nor an exempt one is ever guarded, and by nothing that asks the webhook.
 func TestExemptNamespaces(t *testing.T) {
 	made := objects(t, cluster{version: newest}, values(t, "exemptNamespaces: [kube-system, ops]"))
