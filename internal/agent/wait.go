@@ -39,11 +39,9 @@ func awaitRelease(ctx context.Context, inspector *Inspector, query sandbox.Query
 	defer cancel()
 	w := newWatch(ctx, inspector.runtime.events(ctx))
 	defer w.close()
-	for pause := lookAgainAfter; ; pause = min(2*pause, lookAgainAtMost) {
-		// What has changed since the last look the watch does not know: the second one comes soon in any case.
-		if w.await(processes(report), pause) {
-			pause = lookAgainAfter
-		}
+	// What has changed since the last look the watch does not know: the second one comes soon in any case.
+	for pause := lookAgainAfter; ; {
+		pause = nextPause(pause, w.await(processes(report), pause))
 		if ctx.Err() != nil {
 			return report
 		}
@@ -51,6 +49,14 @@ func awaitRelease(ctx context.Context, inspector *Inspector, query sandbox.Query
 			return report
 		}
 	}
+}
+
+// nextPause is the pause after another one, which a change may have ended.
+func nextPause(pause time.Duration, changed bool) time.Duration {
+	if changed {
+		return lookAgainAfter
+	}
+	return min(2*pause, lookAgainAtMost)
 }
 
 // processes are those that a report has found.
@@ -145,9 +151,14 @@ func (w *watch) await(pids []int, limit time.Duration) (changed bool) {
 func ready(files []unix.PollFd, limit time.Duration) bool {
 	for end := time.Now().Add(limit); ; {
 		n, err := unix.Poll(files, max(0, int(time.Until(end).Milliseconds())))
-		if !errors.Is(err, unix.EINTR) {
-			return n > 0
+		switch {
+		case errors.Is(err, unix.EINTR):
+			continue
+		case err != nil: // it cannot tell, and has not waited
+			<-time.After(time.Until(end))
+			return false
 		}
+		return n > 0
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os/exec"
+	"slices"
 	"testing"
 	"time"
 
@@ -121,4 +122,43 @@ func TestWatch(t *testing.T) {
 			t.Error("a change")
 		}
 	})
+}
+
+// The pauses grow to a bound, and begin anew after a change.
+func TestPauses(t *testing.T) {
+	pause := lookAgainAfter
+	var pauses []time.Duration
+	for n := range 10 {
+		pause = nextPause(pause, n == 7)
+		pauses = append(pauses, pause/time.Millisecond)
+	}
+	if want := []time.Duration{200, 400, 800, 1600, 2000, 2000, 2000, 100, 200, 400}; !slices.Equal(pauses, want) {
+		t.Errorf("got %d ms, want %d", pauses, want)
+	}
+}
+
+// Where something changes all the time, such as a process that is found and has ended, there is a pause all the same.
+func TestChangesAllTheTime(t *testing.T) {
+	requireRoot(t)
+	cmd := exec.CommandContext(t.Context(), "true")
+	if err := cmd.Run(); err != nil {
+		t.Fatal(err)
+	}
+	w := newWatch(t.Context(), nil)
+	defer w.close()
+	start := time.Now()
+	for range 5 {
+		if !w.await([]int{cmd.Process.Pid}, time.Hour) {
+			t.Error("no change")
+		}
+	}
+	if took := time.Since(start); took < 4*lookAgainAfter {
+		t.Errorf("5 pauses have taken %s", took)
+	}
+	// What the kernel cannot tell takes its time too.
+	files := make([]unix.PollFd, 1<<24)
+	start = time.Now()
+	if ready(files, lookAgainAfter) || time.Since(start) < lookAgainAfter {
+		t.Errorf("waiting for what cannot be waited for has taken %s", time.Since(start))
+	}
 }
