@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -198,6 +199,19 @@ func TestNoTimeLeft(t *testing.T) {
 	query := podQuery
 	query.IPs = []netip.Addr{testAddress}
 	if report := newInspector("node-a", h.Host, fakeRuntime(knowsNothing)).Inspect(over, query); report.Verdict() != sandbox.Unknown || len(report.Failures()) != len(sandbox.Required) {
+		t.Errorf("%s: %q", report.Verdict(), report.Failures())
+	}
+}
+
+// A runtime that hangs while one looks quickly leaves time to look everywhere: that the other probes have run is known all the same.
+func TestAQuickLookLeavesTime(t *testing.T) {
+	inspector := newInspector("node-a", lookable(t).Host, fakeRuntime(func(ctx context.Context, _ string) (podRecords, error) {
+		<-ctx.Done()
+		return podRecords{}, ctx.Err()
+	}))
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
+	defer cancel()
+	if report := inspector.Inspect(ctx, podQuery); report.Verdict() != sandbox.Unknown || len(report.Failures()) != 1 || !strings.Contains(report.Failures()[0], `"runtime"`) {
 		t.Errorf("%s: %q", report.Verdict(), report.Failures())
 	}
 }

@@ -71,6 +71,9 @@ func suggested(likely []string) string {
 // podResource is what the agent asks the API server for, metadata only.
 var podResource = corev1.SchemeGroupVersion.WithResource("pods")
 
+// nodeUIDIndex is of the pods by nodeUID: each look asks about every pod of the node.
+const nodeUIDIndex = "nodeUID"
+
 // nodePods are the pods that the API server has for a node. It implements knownPods.
 type nodePods struct {
 	client   metadata.Interface
@@ -84,7 +87,14 @@ func newNodePods(config *rest.Config, node string) (*nodePods, error) {
 		return nil, err
 	}
 	p := &nodePods{client: client, node: node}
-	p.informer = metadatainformer.NewFilteredMetadataInformer(client, podResource, metav1.NamespaceAll, 0, nil, func(o *metav1.ListOptions) {
+	byUID := cache.Indexers{nodeUIDIndex: func(object any) ([]string, error) {
+		pod, ok := object.(*metav1.PartialObjectMetadata)
+		if !ok {
+			return nil, fmt.Errorf("%T is not a pod's metadata", object)
+		}
+		return []string{nodeUID(pod)}, nil
+	}}
+	p.informer = metadatainformer.NewFilteredMetadataInformer(client, podResource, metav1.NamespaceAll, 0, byUID, func(o *metav1.ListOptions) {
 		o.FieldSelector = p.selector()
 	}).Informer()
 	return p, p.informer.SetTransform(trimPod)
@@ -118,10 +128,8 @@ func trimPod(object any) (any, error) {
 }
 
 func (p *nodePods) known(uid string) bool {
-	return slices.ContainsFunc(p.informer.GetStore().List(), func(object any) bool {
-		pod, ok := object.(*metav1.PartialObjectMetadata)
-		return ok && nodeUID(pod) == uid
-	})
+	found, err := p.informer.GetIndexer().IndexKeys(nodeUIDIndex, uid)
+	return err == nil && len(found) > 0
 }
 
 func (p *nodePods) selector() string {
