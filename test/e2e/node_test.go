@@ -631,12 +631,12 @@ func TestTheCapabilitiesOfTheAgent(t *testing.T) {
 // Somebody who may not look is told so, and not that there is nothing.
 func TestInspectWithoutRights(t *testing.T) {
 	t.Parallel()
-	binary, err := os.ReadFile(filepath.Join(repo, "bin/eni-guard"))
-	wentThrough(t, err)
 	dir, err := os.MkdirTemp("/var/tmp", "eni-guard-e2e-") // where everybody may go
 	wentThrough(t, err)
 	t.Cleanup(func() { _ = os.RemoveAll(dir) })
-	wentThrough(t, errors.Join(os.Chmod(dir, 0o755), os.WriteFile(filepath.Join(dir, "eni-guard"), binary, 0o755)))
+	wentThrough(t, os.Chmod(dir, 0o755))
+	// Not written by this process: one that another test starts meanwhile would have it open for a moment, and it could not be run.
+	wentThrough(t, exec.CommandContext(t.Context(), "install", "--mode=755", filepath.Join(repo, "bin/eni-guard"), dir).Run())
 	cmd := exec.CommandContext(t.Context(), filepath.Join(dir, "eni-guard"), "inspect", "-o", "json", "--ip=10.113.99.99", "--cri-socket=/run/eni-guard-cluster/containerd.sock")
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
 	found := inspected(t, cmd)
