@@ -276,7 +276,8 @@ func TestNetnsPath(t *testing.T) {
 		{"a pod's own", `{"pid":1,"runtimeSpec":{"linux":{"namespaces":[{"type":"pid"},{"type":"network","path":"/var/run/netns/cni-1"}]}}}`, "/run/netns/cni-1", ""},
 		{"the host's", `{"runtimeSpec":{"linux":{"namespaces":[{"type":"pid"}]}}}`, "", ""},
 		{"no spec", `{"pid":0}`, "", "has no runtimeSpec"},
-		{"not verbose", ``, "", "is not JSON"},
+		{"not verbose", ``, "", "as of one whose record is damaged"},
+		{"something else", `pid=1`, "", "is not JSON"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			got, err := verboseDetails(test.info)

@@ -254,6 +254,9 @@ func verboseDetails(info string) (details, error) {
 			} `json:"linux"`
 		} `json:"runtimeSpec"`
 	}
+	if info == "" { // of a record that is damaged: containerd 2 keeps a sandbox whose container somebody has removed
+		return details{}, errors.New("the runtime tells neither its process nor its network namespace, as of one whose record is damaged")
+	}
 	if err := json.Unmarshal([]byte(info), &verbose); err != nil {
 		return details{}, fmt.Errorf("the runtime's verbose sandbox status is not JSON: %w", err)
 	}

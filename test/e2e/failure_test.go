@@ -142,7 +142,8 @@ func withoutAgent(t *testing.T) (restart func()) {
 	return restart
 }
 
-// The kernel has the last word: with the runtime hanging, the pod's processes are found all the same.
+// The kernel has the last word: with the runtime hanging, the pod's processes are found all the same. Who looks at the node is told which
+// process hangs.
 func TestARuntimeThatDoesNotAnswer(t *testing.T) {
 	pod := sleeper(t, namespace(t), "web-0", nil)
 	config, err := filepath.Abs(filepath.Join(repo, ".cluster/config/containerd.toml"))
@@ -151,9 +152,18 @@ func TestARuntimeThatDoesNotAnswer(t *testing.T) {
 	}
 	resume := pause(t, "containerd", "--config", config)
 	err = forceDelete(t, pod)
+	var found []inspection
+	for _, question := range []string{"--ip=" + pod.Status.PodIP, "--uid=" + string(pod.UID)} {
+		found = append(found, inspectOnTheHost(t, question))
+	}
 	resume()
 	restored(t)
 	refused(t, err, "is still alive on node node-1: process ")
+	for _, answer := range found {
+		if answer.status != 1 || len(answer.Failures) == 0 || !strings.Contains(answer.NextStep, "the runtime does not answer") || !strings.Contains(answer.NextStep, " (containerd), which listens at ") {
+			t.Errorf("inspect: got %+v", answer)
+		}
+	}
 	kept(t, pod)
 	if evidence := recorded(t, pod).Annotation("evidence"); !strings.Contains(evidence, `the probe "runtime" did not run`) {
 		t.Errorf("the evidence %q does not say that the runtime did not answer", evidence)

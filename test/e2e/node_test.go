@@ -38,6 +38,7 @@ type inspection struct {
 	} `json:"sharedAddresses"`
 	NotCompared string
 	Failures    []string
+	NextStep    string
 	status      int
 }
 
