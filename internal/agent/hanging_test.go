@@ -12,6 +12,8 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -204,6 +206,30 @@ func TestTheThreadsOfARun(t *testing.T) {
 	}
 }
 
+// The thread that goes into namespaces is one of its own.
+func TestWhereALookIntoANamespaceHangs(t *testing.T) {
+	requireRoot(t)
+	dir := t.TempDir()
+	end := deadMount(t, dir)
+	r := &probeRun{threads: map[int]sandbox.ProbeName{}}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		_ = realNode.readAddresses(r.with(t.Context()), []netNamespace{{id: "net:[7]", paths: []string{filepath.Join(dir, "x")}}})
+	}()
+	await(t, func() error {
+		if waits := r.waits(); len(waits) != 1 || waits[0].probe != sandbox.ProbeNetns || !kernelFunction.MatchString(waits[0].function) {
+			return fmt.Errorf("it waits in %+v", waits)
+		}
+		return nil
+	})
+	end()
+	<-done
+	if len(r.threads) > 0 {
+		t.Errorf("it is called on threads %v at its end", r.threads)
+	}
+}
+
 // A run that hangs keeps nobody from looking after a while, and four of them keep everybody.
 func TestALookThatHangsIsBegunAnew(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -245,6 +271,32 @@ func TestALookThatHangsIsBegunAnew(t *testing.T) {
 		synctest.Wait()
 		if n := s.runs.count(); n != 0 {
 			t.Errorf("%d runs are left", n)
+		}
+	})
+}
+
+// Where somebody always waits, one run follows the other, however long that goes on: none of them hangs.
+func TestLooksThatFollowEachOtherDoNotHang(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var s shared[int]
+		var at, most atomic.Int32
+		var asking sync.WaitGroup
+		for range 3 * hangTime / time.Second {
+			asking.Go(func() {
+				if _, err := s.do(t.Context(), func(context.Context) int {
+					most.Store(max(most.Load(), at.Add(1)))
+					<-time.After(4 * time.Second)
+					at.Add(-1)
+					return 0
+				}); err != nil {
+					t.Error(err)
+				}
+			})
+			<-time.After(time.Second)
+		}
+		asking.Wait()
+		if most.Load() != 1 {
+			t.Errorf("%d ran at once", most.Load())
 		}
 	})
 }

@@ -341,6 +341,11 @@ func TestTheNextStepWithARuntimeThatHangs(t *testing.T) {
 			}
 		})
 	}
+	over, cancel := context.WithCancel(t.Context())
+	cancel()
+	if got := nextStep(over, socket, []string{noRuntimeAnswer}); !strings.Contains(got, silentRuntime+", and at what process") {
+		t.Errorf("when the time is over: %q", got)
+	}
 	if got := nextStep(t.Context(), socket, []string{`the probe "netns" did not run: no answer after 1s`}); got != "" {
 		t.Errorf("the runtime is blamed for another probe: %s", got)
 	}

@@ -15,6 +15,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -176,19 +177,25 @@ func TestACoveredNamespaceIsNotGone(t *testing.T) {
 	}
 }
 
-// deadMount mounts a FUSE file system over a file whose server never says a word: whoever asks it for anything waits until the end of
-// the test.
-func deadMount(t *testing.T, file string) {
+// deadMount mounts a FUSE file system over a file or a directory whose server never says a word: whoever asks it for anything waits until
+// its end, or that of the test.
+func deadMount(t *testing.T, file string) (end func()) {
 	t.Helper()
+	var stat unix.Stat_t
+	if err := unix.Stat(file, &stat); err != nil {
+		t.Fatal(err)
+	}
 	server, err := unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
 	// Without its server, all who wait get an error.
-	t.Cleanup(func() { _ = errors.Join(unix.Unmount(file, unix.MNT_DETACH), unix.Close(server)) })
-	if err := unix.Mount("eni-guard-test", file, "fuse", 0, fmt.Sprintf("fd=%d,rootmode=100000,user_id=0,group_id=0", server)); err != nil {
+	end = sync.OnceFunc(func() { _ = errors.Join(unix.Unmount(file, unix.MNT_DETACH), unix.Close(server)) })
+	t.Cleanup(end)
+	if err := unix.Mount("eni-guard-test", file, "fuse", 0, fmt.Sprintf("fd=%d,rootmode=%o,user_id=0,group_id=0", server, stat.Mode&unix.S_IFMT)); err != nil {
 		t.Fatal(err)
 	}
+	return end
 }
 
 // A dead mount over a namespace neither hangs the agent, nor lets the namespace look closed.
