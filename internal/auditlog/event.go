@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net/url"
 	"strconv"
 	"time"
 
@@ -35,7 +36,8 @@ type Event struct {
 	UserAgent        string
 	ObjectRef        ObjectRef
 	ResponseStatus   ResponseStatus
-	// RequestObject and ResponseObject are the bodies as JSON; empty where the audit policy does not have them recorded.
+	// RequestObject and ResponseObject are the bodies as JSON; empty where the audit policy does not have them recorded. They are valid while the
+	// event is handed over.
 	RequestObject, ResponseObject json.RawMessage
 	// Received is when the request came in.
 	Received    time.Time
@@ -64,6 +66,26 @@ func (e *Event) Actor() authenticationv1.UserInfo {
 	return e.User
 }
 
+// DryRun says whether the request was to change nothing. Options stand in the address; those of a delete in its body, which counts alone where
+// there is one (k8s.io/apiserver pkg/endpoints/handlers/delete.go), those of an eviction also in that.
+func (e *Event) DryRun() bool {
+	var body struct {
+		DryRun        []string
+		DeleteOptions struct{ DryRun []string }
+	}
+	deletes := e.Verb == "delete" || e.Verb == "deletecollection"
+	if len(e.RequestObject) > 0 && (deletes || e.ObjectRef.Subresource == "eviction") && json.Unmarshal(e.RequestObject, &body) == nil {
+		if deletes {
+			return len(body.DryRun) > 0
+		}
+		if len(body.DeleteOptions.DryRun) > 0 {
+			return true
+		}
+	}
+	address, err := url.ParseRequestURI(e.RequestURI)
+	return err == nil && len(address.Query()["dryRun"]) > 0
+}
+
 // line is an event as it stands in a log. Each field that is not a text may also be a text that holds it as JSON: the log
 // service of Alibaba Cloud keeps the fields of an event as columns, and columns are texts.
 type line struct {
@@ -75,13 +97,21 @@ type line struct {
 	SourceIPs                               nested[[]string]
 	ObjectRef                               nested[ObjectRef]
 	ResponseStatus                          nested[ResponseStatus]
-	RequestObject, ResponseObject           nested[json.RawMessage]
+	RequestObject, ResponseObject           nested[raw]
 	RequestReceivedTimestamp                nested[time.Time]
 	StageTimestamp                          nested[time.Time]
 	Annotations                             nested[map[string]string]
-	Items                                   []json.RawMessage
-	// Content is the whole line, where a collector of the log service has not taken it apart.
-	Content string
+	Items                                   []raw
+	// Content is the whole line, where a collector of the log service has not taken it apart, and Log that of a container's, as Docker keeps it.
+	Content, Log string
+}
+
+// raw is JSON that is not taken apart yet. It is not copied, as json.RawMessage is, but a part of the line: of a long one there is not room for two.
+type raw []byte
+
+func (r *raw) UnmarshalJSON(data []byte) error {
+	*r = data
+	return nil
 }
 
 // nested is a value that may be wrapped in a text.
@@ -111,7 +141,7 @@ func (l *line) event() *Event {
 		Level: l.Level, AuditID: l.AuditID, Stage: l.Stage, RequestURI: l.RequestURI, Verb: l.Verb,
 		User: l.User.value, ImpersonatedUser: l.ImpersonatedUser.value, SourceIPs: l.SourceIPs.value, UserAgent: l.UserAgent,
 		ObjectRef: l.ObjectRef.value, ResponseStatus: l.ResponseStatus.value,
-		RequestObject: l.RequestObject.value, ResponseObject: l.ResponseObject.value,
+		RequestObject: json.RawMessage(l.RequestObject.value), ResponseObject: json.RawMessage(l.ResponseObject.value),
 		Received: received, Annotations: l.Annotations.value,
 	}
 }
@@ -135,11 +165,15 @@ func parse(text []byte, each func(*Event), item func([]byte) error) error {
 		return problem(fmt.Sprintf("is not an audit event: %.200s", err))
 	}
 	switch {
-	case l.Content != "" && l.APIVersion == "" && l.Items == nil:
-		if l.Content[0] != '{' {
+	case l.Content+l.Log != "" && l.APIVersion == "" && l.Items == nil:
+		event, other := unwrap(bytes.TrimSpace([]byte(l.Content + l.Log)))
+		if other {
+			return nil
+		}
+		if len(event) == 0 || event[0] != '{' {
 			return problem("is not an audit event")
 		}
-		return parse([]byte(l.Content), each, item)
+		return parse(event, each, item)
 	case l.Kind == "EventList" && l.APIVersion == knownVersion:
 		var failed error
 		for _, text := range l.Items {

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"regexp"
 	"runtime"
 	"slices"
 	"sync"
@@ -149,31 +150,36 @@ func (f *fileReader) read(ctx context.Context) error {
 }
 
 func (f *fileReader) readLines(ctx context.Context, from *lines) error {
-	defer func() { f.time(f.last) }()
+	defer from.close()
+	defer func() {
+		f.time(f.last)
+		f.part.Lines, f.part.Bytes = from.count, from.size
+	}()
+	first := true
 	for ctx.Err() == nil {
-		text, ended, tooLong, err := from.next()
+		p, err := from.next()
 		if errors.Is(err, io.EOF) {
+			f.part.Lines = from.count
 			return nil
 		}
 		if err != nil {
-			return f.unread(f.part.Lines+1, "and what follows cannot be read: "+err.Error())
+			return f.unread(from.count+1, "and what follows cannot be read: "+err.Error())
 		}
-		f.part.Lines++
-		f.part.Bytes += int64(len(text))
-		if ended {
-			f.part.Bytes++
-		}
-		if tooLong {
-			err = problem(fmt.Sprintf("was not read: it is longer than %d MiB%s", maxLine>>20, subject(text)))
-		} else {
-			if f.part.Lines == 1 {
-				f.time(text)
+		switch {
+		case p.unended:
+			err = problem("is cut off: its container runtime has taken it apart, and its end is missing")
+		case p.tooLong:
+			err = problem(fmt.Sprintf("was not read: it is longer than %d MiB%s", maxLine>>20, subject(p.text)))
+		default:
+			if first {
+				f.time(p.text)
+				first = false
 			}
-			f.last = append(f.last[:0], text[max(0, len(text)-lastSize):]...)
-			err = f.line(text)
+			f.last = append(f.last[:0], p.text[max(0, len(p.text)-lastSize):]...)
+			err = f.line(p.text)
 		}
 		if err != nil {
-			if err := f.problem(f.part.Lines, err.Error()); err != nil {
+			if err := f.problem(p.line, err.Error()); err != nil {
 				return err
 			}
 		}
@@ -205,14 +211,15 @@ func subject(head []byte) string {
 // line reads one line. A line that cannot matter is not parsed, but only if it looks whole: it begins and ends as an event does, and
 // no second one begins in the middle, as happens where a log was cut off and written on.
 func (f *fileReader) line(text []byte) error {
-	text = bytes.TrimSpace(text)
-	if len(text) == 0 {
+	text, other := unwrap(bytes.TrimSpace(text))
+	if len(text) == 0 || other {
 		return nil
 	}
 	if bytes.HasPrefix(text, canonicalHead) {
-		if second := bytes.Index(text[1:], canonicalHead); second >= 0 {
+		// If there are more than two, those in the middle are cut off, too.
+		if bytes.Contains(text[1:], canonicalHead) {
 			f.events = true
-			if err := f.line(text[1+second:]); err != nil {
+			if err := f.line(text[bytes.LastIndex(text, canonicalHead):]); err != nil {
 				return err
 			}
 			return problem("is cut off, and another event follows in it; that one was read")
@@ -228,15 +235,40 @@ func (f *fileReader) line(text []byte) error {
 	return parse(text, f.event, f.item)
 }
 
+// logLine is how lines of the API server's own log begin (k8s.io/klog), which are beside events where both go to one place.
+var logLine = regexp.MustCompile(`^[IWEF][0-9]{4} [0-9:.]+ +[0-9]+ [^\]]*\] ?`)
+
+// prefixSize is how far from the start of a line an event is looked for that something else has written a prefix to, in bytes.
+const prefixSize = 512
+
+// unwrap takes away what a logger has written before an event; other says that the line is one of a program's own log.
+func unwrap(text []byte) (event []byte, other bool) {
+	if len(text) == 0 || text[0] == '{' {
+		return text, false
+	}
+	if at := bytes.Index(text[:min(len(text), prefixSize)], eventHead); at >= 0 {
+		return text[at:], false
+	}
+	if head := logLine.Find(text); head != nil {
+		rest := text[len(head):]
+		return rest, !bytes.HasPrefix(rest, []byte("{"))
+	}
+	return text, false
+}
+
 // item reads an event of an EventList, which has neither kind nor version of its own.
 func (f *fileReader) item(text []byte) error {
 	f.events = true
-	if !f.Selection.mayMatterAnyhow(text) {
+	// An item may have a version of its own.
+	if !f.Selection.mayMatterAnyhow(text) && (!bytes.Contains(text, []byte(groupPrefix)) || bytes.Contains(text, quotedVersion)) {
 		return nil
 	}
 	var l line
 	if err := json.Unmarshal(text, &l); err != nil {
 		return problem(fmt.Sprintf("has an item that is not an audit event: %.200s", err))
+	}
+	if l.APIVersion != "" && l.APIVersion != knownVersion || l.Kind != "" && l.Kind != "Event" {
+		return problem(fmt.Sprintf("has an item that is %q of %q, which is not known; an Event of %s is", l.Kind, l.APIVersion, knownVersion))
 	}
 	f.event(l.event())
 	return nil

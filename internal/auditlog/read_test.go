@@ -60,6 +60,23 @@ func spaced(t *testing.T, event string) string {
 	return strings.ReplaceAll(out.String(), "\n", " ")
 }
 
+func indented(t *testing.T, event string) string {
+	t.Helper()
+	var out bytes.Buffer
+	if err := json.Indent(&out, []byte(event), "", "  "); err != nil {
+		t.Fatal(err)
+	}
+	return out.String()
+}
+
+// klog is how a line of the API server's own log begins.
+const klog = "I1125 01:02:03.000004       1 handler.go:12] "
+
+// cri is a line as a container runtime keeps it.
+func cri(head, text string) string {
+	return "2026-11-25T01:02:03.000000004Z " + head + " " + text + "\n"
+}
+
 func packed(t *testing.T, text string, writer func(io.Writer) io.WriteCloser) string {
 	t.Helper()
 	var out bytes.Buffer
@@ -112,9 +129,23 @@ func TestFormats(t *testing.T) {
 			strings.ReplaceAll(removal("1")+","+lookup+","+removal("2"), `"kind":"Event","apiVersion":"audit.k8s.io/v1",`, "") + "]}",
 		"columns of the log service": columns(t, removal("1")) + "\n" + columns(t, lookup) + "\n" + columns(t, removal("2")) + "\n",
 		"content of the log service": fmt.Sprintf(`{"__time__":1,"content":%q}`+"\n"+`{"__time__":2,"content":%q}`, removal("1"), removal("2")),
-		"gzip":                       packed(t, two, gzipped),
-		"gzip, two in one file":      packed(t, removal("1")+"\n", gzipped) + packed(t, removal("2")+"\n", gzipped),
-		"zstd":                       packed(t, two, zstandard),
+		"content behind a prefix":    fmt.Sprintf(`{"__time__":1,"content":%q}`+"\n"+`{"__time__":2,"content":%q}`, klog+removal("1"), " "+removal("2")),
+		"a list on one line":         "[" + removal("1") + "," + lookup + "," + removal("2") + "]",
+		"a list on several lines":    "[\n" + removal("1") + ",\n" + lookup + ",\n" + removal("2") + "\n]\n",
+		"a list for people":          "[\n" + indented(t, removal("1")) + ",\n" + indented(t, removal("2")) + "\n]\n",
+		"printed for people":         indented(t, removal("1")) + "\n" + indented(t, lookup) + "\n" + indented(t, removal("2")) + "\n",
+		"a byte order mark":          "\xef\xbb\xbf" + two,
+		"by a container runtime":     cri("stdout F", removal("1")) + cri("stderr F", klog+"ready") + cri("stdout F", lookup) + cri("stdout F", removal("2")),
+		"taken apart by a container runtime": cri("stdout P", removal("1")[:50]) + cri("stderr P", klog+"half") + cri("stdout P", removal("1")[50:90]) + cri("stderr F", " a line") +
+			cri("stdout F", removal("1")[90:]) + cri("stdout F", removal("2")),
+		"by Docker":                 fmt.Sprintf(`{"log":%q,"stream":"stdout"}`+"\n"+`{"log":%q,"stream":"stderr"}`+"\n"+`{"log":%q}`, removal("1")+"\n", klog+"ready\n", removal("2")+"\n"),
+		"kubectl logs --timestamps": "2026-11-25T01:02:03.4Z " + removal("1") + "\n2026-11-25T01:02:04Z " + klog + "ready\n2026-11-25T01:02:05.678901234+08:00 " + removal("2") + "\n",
+		"kubectl logs --prefix":     "[pod/kube-apiserver-a/kube-apiserver] " + removal("1") + "\n[pod/kube-apiserver-a/kube-apiserver] " + removal("2") + "\n",
+		"in the server's own log":   klog + "ready\n" + klog + removal("1") + "\n" + klog + lookup + "\n" + removal("2") + "\nW1125 01:02:03.000004       1 x.go:1] \n",
+		"behind syslog's words":     "Nov 25 01:02:03 node-a kube-apiserver[7]: " + removal("1") + "\nNov 25 01:02:03 node-a kube-apiserver[7]: " + removal("2") + "\n",
+		"gzip":                      packed(t, two, gzipped),
+		"gzip, two in one file":     packed(t, removal("1")+"\n", gzipped) + packed(t, removal("2")+"\n", gzipped),
+		"zstd":                      packed(t, two, zstandard),
 	} {
 		t.Run(name, func(t *testing.T) {
 			ids, summary, err := readAll(t, &Reader{Strict: true}, nil, content)
@@ -154,6 +185,14 @@ func TestBadInput(t *testing.T) {
 		{"an unknown version", strings.ReplaceAll(good, "audit.k8s.io/v1", "audit.k8s.io/v2") + good, 1, []string{`line 1 has an audit event of version "audit.k8s.io/v2", which is not known; audit.k8s.io/v1 is`}},
 		{"an unknown version of what cannot matter", strings.ReplaceAll(lookup, "audit.k8s.io/v1", "audit.k8s.io/v1beta1") + "\n" + good, 1, []string{`line 1 has an audit event of version "audit.k8s.io/v1beta1"`}},
 		{"an item that is none", `{"kind":"EventList","apiVersion":"audit.k8s.io/v1","items":["delete",` + removal("1") + "]}", 1, []string{"line 1 has an item that is not an audit event"}},
+		{"an item of an unknown version", `{"kind":"EventList","apiVersion":"audit.k8s.io/v1","items":[` + strings.ReplaceAll(removal("1"), "audit.k8s.io/v1", "audit.k8s.io/v9") + "," + removal("2") + "]}", 1, []string{`line 1 has an item that is "Event" of "audit.k8s.io/v9"`}},
+		{"an item of an unknown version that cannot matter", `{"kind":"EventList","apiVersion":"audit.k8s.io/v1","items":[` + strings.ReplaceAll(lookup, "audit.k8s.io/v1", "audit.k8s.io/v9") + "," + removal("2") + "]}", 1, []string{`line 1 has an item that is "Event" of "audit.k8s.io/v9"`}},
+		{"a list that is cut off", "[\n" + removal("1") + ",\n" + removal("2")[:300], 1, []string{"line 3 is cut off or broken"}},
+		{"something else in a list", "[\n" + removal("1") + ",\nnonsense\n" + removal("2") + "]", 2, []string{"line 3 is no JSON"}},
+		{"a value of 50 MB in a list", "[" + good + "," + long + "," + good + "]", 2, []string{"line 2 was not read: it is longer than 16 MiB. It is about delete"}},
+		{"nothing but the server's own log", klog + "ready\n" + klog + "bye\n", 0, []string{"is not an audit log: none of its 2 lines has an event"}},
+		{"three that are cut off", lookup[:200] + lookup[:300] + removal("2") + "\n", 1, []string{"line 1 is cut off, and another event follows in it; that one was read"}},
+		{"a line of a container runtime that never ends", cri("stdout P", removal("1")) + cri("stderr F", "I1125 01:02:03.4 1 x] x") + cri("stdout F", "") + cri("stdout P", removal("2")), 1, []string{"line 4 is cut off: its container runtime has taken it apart, and its end is missing"}},
 		{"a broken archive", broken[:len(broken)-30], 0, []string{"and what follows cannot be read: unexpected EOF"}},
 		{"an archive that is none", "\x1f\x8bnonsense", 0, []string{"begins like gzip"}},
 		{"a zstd archive that is none", "\x28\xb5\x2f\xfdnonsense", 0, []string{"and what follows cannot be read"}},

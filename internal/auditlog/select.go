@@ -13,6 +13,7 @@ type Selection struct {
 
 var (
 	canonicalHead = []byte(`{"kind":"Event","apiVersion":"` + knownVersion + `",`)
+	eventHead     = []byte(`{"kind":"Event`)
 	verbKey       = []byte(`"verb":"`)
 	resourceKey   = []byte(`"objectRef":{"resource":"`)
 	eviction      = []byte(`"eviction"`)
