@@ -166,20 +166,7 @@ func mixOf(b *testing.B) []share {
 			`"requestObject":{"kind":"DeleteOptions"},"responseObject":{"kind":"Pod","apiVersion":"v1","metadata":{"name":"web-NAME","namespace":"shop","uid":"POD-UID","deletionTimestamp":"TIME","deletionGracePeriodSeconds":30},"spec":{"nodeName":"node-1"}},`)},
 	}
 	// What was forced is from the recorded log.
-	packed, err := os.Open(everyWay)
-	if err != nil {
-		b.Fatal(err)
-	}
-	defer packed.Close()
-	unpacked, err := gzip.NewReader(packed)
-	if err != nil {
-		b.Fatal(err)
-	}
-	text, err := io.ReadAll(unpacked)
-	if err != nil {
-		b.Fatal(err)
-	}
-	for line := range strings.Lines(string(text)) {
+	for line := range strings.Lines(recordedLog(b)) {
 		_, rest, found := strings.Cut(line, `"auditID":"`)
 		if _, rest, ok := strings.Cut(rest, `"`); found && ok && strings.Contains(line, `force-delete.eni-guard.io/decision`) {
 			mix = append(mix, share{1, line[:strings.Index(line, `"auditID":"`)] + `"auditID":"AUDIT-ID"` + rest})
@@ -191,4 +178,23 @@ func mixOf(b *testing.B) []share {
 	}
 	// The rest are reads.
 	return append(mix, share{10000 - total, mix[1].line})
+}
+
+// recordedLog is a log that an API server has written.
+func recordedLog(t testing.TB) string {
+	t.Helper()
+	packed, err := os.Open(everyWay)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer packed.Close()
+	unpacked, err := gzip.NewReader(packed)
+	if err != nil {
+		t.Fatal(err)
+	}
+	text, err := io.ReadAll(unpacked)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(text)
 }

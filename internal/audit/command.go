@@ -2,12 +2,16 @@
 package audit
 
 import (
+	"bufio"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"iter"
 	"os"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"time"
@@ -27,6 +31,9 @@ const (
 	// exitUnread means: a log could not be read, or what was to be checked was not seen.
 	exitUnread = 2
 )
+
+// mostHeap is above which the garbage collector takes the time it needs, in bytes.
+const mostHeap = 32 << 20
 
 type options struct {
 	since, until                                        string
@@ -166,6 +173,8 @@ func decisions(flag string, words []string) ([]review.Decision, error) {
 }
 
 func (q question) run(ctx context.Context, in io.Reader, out, messages io.Writer) error {
+	// What is read is bounded; what the collector leaves lying about is, too.
+	defer debug.SetMemoryLimit(debug.SetMemoryLimit(mostHeap))
 	if len(q.files) == 0 && isTerminal(in) {
 		return exitstatus.With(exitstatus.Usage, errors.New("name a FILE, or pipe a log in"))
 	}
@@ -180,51 +189,103 @@ func (q question) run(ctx context.Context, in io.Reader, out, messages io.Writer
 	case q.follow:
 		return q.runFollow(ctx, reader, sources[0], out)
 	}
-	found := review.New(q.guard)
-	reader.Each = func(e *auditlog.Event) { found.Add(e) }
-	read, err := readShown(ctx, reader, sources, messages)
+	d, err := q.review(ctx, reader, sources, messages)
 	if err != nil {
 		return exitstatus.With(exitUnread, err)
 	}
-	d := document{Log: read, Report: found.Report().Select(q.filter)}
-	d.Totals = d.Report.Totals()
+	defer d.Close()
 	if err := d.print(out, q.output); err != nil {
 		return exitstatus.With(exitUnread, fmt.Errorf("printing: %w", err))
 	}
 	if q.output == "csv" { // which has no place for it
-		for _, line := range slices.Concat(problemWords(d.Log), untoldWords(d.Untold)) {
+		for _, line := range slices.Concat(problemWords(d.log), untoldWords(d.Untold)) {
 			fmt.Fprintln(messages, line)
 		}
 	}
-	if slices.ContainsFunc(d.Removals, func(r review.Removal) bool { return slices.Contains(q.fail, r.Decision) }) {
+	if slices.ContainsFunc(d.Totals.Decisions, func(c review.Count) bool { return slices.Contains(q.fail, review.Decision(c.Name)) }) {
 		return exitstatus.Error(exitFound)
 	}
 	// Who asks whether something is there must not take a file that could not be read for one that has nothing.
-	if d.Log.Unread > 0 && len(q.fail) > 0 {
-		return exitstatus.With(exitUnread, fmt.Errorf("%s could not be read in whole, so nothing is certain about --fail-on", count(d.Log.Unread, "file")))
+	if d.log.Unread > 0 && len(q.fail) > 0 {
+		return exitstatus.With(exitUnread, fmt.Errorf("%s could not be read in whole, so nothing is certain about --fail-on", count(d.log.Unread, "file")))
 	}
 	return nil
 }
 
-// document is everything that is printed; with -o json it is what is printed.
+// review reads the sources and puts the report together.
+func (q question) review(ctx context.Context, reader *auditlog.Reader, sources []auditlog.Source, messages io.Writer) (d document, err error) {
+	found := review.New(q.guard)
+	defer func() { err = errors.Join(err, found.Close()) }()
+	ctx, stop := context.WithCancelCause(ctx)
+	defer stop(nil)
+	reader.Each = func(e *auditlog.Event) {
+		if err := found.Add(e); err != nil {
+			stop(fmt.Errorf("keeping what was read: %w", err))
+		}
+	}
+	if d.log, err = readShown(ctx, reader, sources, messages); err != nil {
+		return d, cmp.Or(context.Cause(ctx), err)
+	}
+	d.Report, err = found.Report(q.filter)
+	return d, err
+}
+
+// document is everything that is printed.
 type document struct {
-	Log auditlog.Summary `json:"log"`
-	review.Report
-	Totals review.Totals `json:"totals"`
+	log auditlog.Summary
+	*review.Report
 }
 
 func (d document) print(out io.Writer, format string) error {
 	switch format {
 	case "json":
-		return writeJSON(out, d)
+		return d.json(out)
 	case "csv":
 		return d.csv(out)
 	case "html":
 		return d.html(out)
 	default:
-		style := styleOf(out)
-		_, err := io.WriteString(out, d.text(style))
-		return err
+		return d.text(out, styleOf(out))
+	}
+}
+
+// json writes one object, a removal and a change at a time.
+func (d document) json(to io.Writer) error {
+	out := bufio.NewWriter(to)
+	var failed error
+	value := func(indent string, value any) {
+		text, err := json.MarshalIndent(value, indent, "  ")
+		failed = errors.Join(failed, err)
+		// It keeps the first error until it is flushed.
+		_, _ = out.Write(text)
+	}
+	_, _ = out.WriteString("{\n  \"log\": ")
+	value("  ", d.log)
+	_, _ = out.WriteString(",\n  \"removals\": [")
+	writeItems(out, d.Removals(), value, &failed)
+	_, _ = out.WriteString("],\n  \"changes\": [")
+	writeItems(out, d.Changes(), value, &failed)
+	_, _ = out.WriteString("],\n  \"untold\": ")
+	value("  ", d.Untold)
+	_, _ = out.WriteString(",\n  \"totals\": ")
+	value("  ", d.Totals)
+	_, _ = out.WriteString("\n}\n")
+	return errors.Join(failed, out.Flush())
+}
+
+func writeItems[T any](out *bufio.Writer, items iter.Seq2[T, error], value func(string, any), failed *error) {
+	between := "\n    "
+	for item, err := range items {
+		if err != nil {
+			*failed = errors.Join(*failed, err)
+			return
+		}
+		_, _ = out.WriteString(between)
+		value("    ", item)
+		between = ",\n    "
+	}
+	if between != "\n    " {
+		_, _ = out.WriteString("\n  ")
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"flag"
+	"io"
 	"os"
 	"path/filepath"
 	"slices"
@@ -14,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/eni-guard/eni-guard/internal/auditlog"
 	"github.com/eni-guard/eni-guard/internal/exitstatus"
 	"github.com/eni-guard/eni-guard/internal/review"
 )
@@ -76,21 +78,56 @@ func TestTheReportForPeople(t *testing.T) {
 	golden(t, "every-way.txt", out)
 }
 
+// printed is what is printed with -o json.
+type printed struct {
+	Log      auditlog.Summary
+	Removals []review.Removal
+	Changes  []review.Change
+	Untold   review.Untold
+	Totals   review.Totals
+}
+
 // documentOf is what is printed of a recorded log.
-func documentOf(t testing.TB, log string) document {
+func documentOf(t testing.TB, args ...string) (d printed) {
 	t.Helper()
-	out, status, err := run(t, "", "-o", "json", log)
-	var d document
+	out, status, err := run(t, "", append(args, "-o", "json")...)
 	if status != 0 || json.Unmarshal([]byte(out), &d) != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
 	return d
 }
 
+// reviewOf is the review of a recorded log, before it is printed.
+func reviewOf(t testing.TB, log string) document {
+	t.Helper()
+	sources, err := auditlog.Sources([]string{log}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	q := question{guard: review.Guard{Namespace: "eni-guard", Release: "eni-guard"}}
+	d, err := q.review(t.Context(), &auditlog.Reader{Selection: auditlog.Selection{GuardNamespace: "eni-guard"}}, sources, io.Discard)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := d.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return d
+}
+
 func TestTheTableFitsTheTerminal(t *testing.T) {
-	d := documentOf(t, everyWay)
+	d := reviewOf(t, everyWay)
+	at := func(width int) string {
+		var text strings.Builder
+		if err := d.removalTable(&text, style{width: width}); err != nil {
+			t.Fatal(err)
+		}
+		return text.String()
+	}
 	for _, width := range []int{60, 80, 100, 132, 200, 400} {
-		text := d.removalTable(style{width: width})
+		text := at(width)
 		for line := range strings.Lines(text) {
 			if n := len([]rune(strings.TrimRight(line, "\n"))); n > width {
 				t.Errorf("%d of %d columns: %s", n, width, line)
@@ -102,9 +139,10 @@ func TestTheTableFitsTheTerminal(t *testing.T) {
 			}
 		}
 	}
-	golden(t, "every-way-100.txt", d.removalTable(style{width: 100}))
-	if text := d.text(style{width: 100, colour: true}); !strings.Contains(text, "\x1b[31mslipped-past\x1b[0m") {
-		t.Errorf("no colour:\n%s", text)
+	golden(t, "every-way-100.txt", at(100))
+	var text strings.Builder
+	if err := d.text(&text, style{width: 100, colour: true}); err != nil || !strings.Contains(text.String(), "\x1b[31mslipped-past\x1b[0m") {
+		t.Errorf("no colour (%v):\n%s", err, text.String())
 	}
 }
 
@@ -193,11 +231,7 @@ func TestFilters(t *testing.T) {
 		{[]string{"--until", last.Time.Format(time.RFC3339Nano)}, func(r review.Removal) bool { return r.Time.Before(last.Time) }},
 		{[]string{"--since", "2026-11-25", "--until", "2026-11-26"}, func(review.Removal) bool { return true }},
 	} {
-		out, status, err := run(t, "", append(c.args, "-o", "json", everyWay)...)
-		var got document
-		if status != 0 || json.Unmarshal([]byte(out), &got) != nil {
-			t.Fatalf("%v: %v", c.args, err)
-		}
+		got := documentOf(t, append(c.args, everyWay)...)
 		want := slices.DeleteFunc(slices.Clone(d.Removals), func(r review.Removal) bool { return !c.want(r) })
 		if len(got.Removals) != len(want) || slices.ContainsFunc(got.Removals, func(r review.Removal) bool { return !c.want(r) }) {
 			t.Errorf("%v: %d removals, not %d", c.args, len(got.Removals), len(want))

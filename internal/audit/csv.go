@@ -33,6 +33,8 @@ var csvColumns = []struct {
 	{"overrideReason", func(r review.Removal) string { return r.OverrideReason }},
 	{"evidence", func(r review.Removal) string { return r.Evidence }},
 	{"code", func(r review.Removal) string { return strconv.Itoa(r.Code) }},
+	{"outcome", func(r review.Removal) string { return string(r.Outcome) }},
+	{"finalizers", func(r review.Removal) string { return strings.Join(r.Finalizers, " ") }},
 	{"then", func(r review.Removal) string { return thenWords(r.Then) }},
 	{"auditID", func(r review.Removal) string { return r.AuditID }},
 }
@@ -45,7 +47,10 @@ func (d document) csv(out io.Writer) error {
 		row = append(row, c.name)
 	}
 	_ = w.Write(row)
-	for _, r := range d.Removals {
+	for r, err := range d.Removals() {
+		if err != nil {
+			return err
+		}
 		row = row[:0]
 		for _, c := range csvColumns {
 			row = append(row, noFormula(c.value(r)))

@@ -14,15 +14,17 @@ import (
 
 // runFollow prints removals as they come, each once, until it is interrupted.
 func (q question) runFollow(ctx context.Context, reader *auditlog.Reader, source auditlog.Source, out io.Writer) error {
-	found := review.New(q.guard)
+	found := review.NewLive(q.guard)
 	style := styleOf(out)
 	var failed error
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
 	reader.Each = func(e *auditlog.Event) {
-		removals := found.Add(e)
-		for _, r := range (review.Report{Removals: removals}).Select(q.filter).Removals {
-			if err := q.printOne(out, found.Explained(r), style); err != nil {
+		for _, r := range found.Add(e) {
+			if !q.filter.Removal(r) {
+				continue
+			}
+			if err := q.printOne(out, r, style); err != nil {
 				failed = exitstatus.With(exitUnread, fmt.Errorf("printing: %w", err))
 				stop()
 			}

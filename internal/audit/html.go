@@ -1,6 +1,8 @@
 package audit
 
 import (
+	"bufio"
+	"cmp"
 	_ "embed"
 	"fmt"
 	"html"
@@ -18,7 +20,7 @@ var reportCSS string
 
 // markup is HTML that is being written. Not by html/template: with it the linker keeps every method of the Kubernetes API in the binary, a third
 // of it, as with gRPC's tracing.
-type markup struct{ strings.Builder }
+type markup struct{ *bufio.Writer }
 
 // add writes a format, with every text in its arguments printable and escaped: it fits between tags, and into values of attributes in double quotes.
 func (m *markup) add(format string, args ...any) {
@@ -30,11 +32,12 @@ func (m *markup) add(format string, args ...any) {
 			args[i] = html.EscapeString(printable(string(text)))
 		}
 	}
-	fmt.Fprintf(m, format, args...)
+	// It keeps the first error until it is flushed.
+	_, _ = fmt.Fprintf(m, format, args...)
 }
 
 // raw writes what is HTML already.
-func (m *markup) raw(text string) { fmt.Fprint(m, text) }
+func (m *markup) raw(text string) { _, _ = m.WriteString(text) }
 
 // optional writes a format about a text, if there is one.
 func (m *markup) optional(format, text string) {
@@ -58,13 +61,34 @@ const (
 // lane is a decision on the time line.
 type lane struct {
 	Decision review.Decision
-	Dots     []dot
+	Dots     []*dot
 }
 
 // dot is so many removals at nearly the same time.
 type dot struct {
-	X, R  float64
-	Title string
+	X     float64
+	count int
+	title strings.Builder
+}
+
+// namedInDot is how many removals the title of a dot names.
+const namedInDot = 5
+
+func (d *dot) add(r review.Removal) {
+	if d.count++; d.count <= namedInDot {
+		fmt.Fprintf(&d.title, "%s %s/%s by %s; ", at(r.Time), r.Namespace, orUnknown(r.Pod), r.User)
+	}
+}
+
+// R is how large it is.
+func (d *dot) R() float64 { return min(4+float64(d.count-1)/2, 10) }
+
+// Title says what it stands for.
+func (d *dot) Title() string {
+	if d.count > namedInDot {
+		return fmt.Sprintf("%sand %d more", d.title.String(), d.count-namedInDot)
+	}
+	return strings.TrimSuffix(d.title.String(), "; ")
 }
 
 type tick struct {
@@ -72,36 +96,33 @@ type tick struct {
 	Text string
 }
 
-// timeline places removals, which are in the order of time: a lane for each decision, and one dot for those that would cover each other.
-func timeline(removals []review.Removal) ([]lane, []tick) {
-	if len(removals) == 0 {
-		return nil, nil
+// timeline places removals: a lane for each decision, and one dot for those that would cover each other. It keeps no removal.
+func (d document) timeline() ([]lane, []tick, error) {
+	first, span := d.First, max(d.Last.Sub(d.First), time.Second)
+	dots := map[review.Decision]map[int]*dot{}
+	for r, err := range d.Removals() {
+		if err != nil {
+			return nil, nil, err
+		}
+		// Dots of 8 pixels.
+		place := int(float64(lineWidth-10) * float64(r.Time.Sub(first)) / float64(span) / 8)
+		if dots[r.Decision] == nil {
+			dots[r.Decision] = map[int]*dot{}
+		}
+		at := dots[r.Decision][place]
+		if at == nil {
+			at = &dot{X: lineLeft + 6 + float64(place)*8}
+			dots[r.Decision][place] = at
+		}
+		at.add(r)
 	}
-	first, last := removals[0].Time, removals[len(removals)-1].Time
-	span := max(last.Sub(first), time.Second)
 	var lanes []lane
 	for _, decision := range review.Decisions {
 		l := lane{Decision: decision}
-		counts := map[int]int{}
-		titles := map[int]string{}
-		for _, r := range removals {
-			if r.Decision == decision {
-				// Dots of 8 pixels.
-				place := int(float64(lineWidth-10) * float64(r.Time.Sub(first)) / float64(span) / 8)
-				counts[place]++
-				if counts[place] <= 5 {
-					titles[place] += fmt.Sprintf("%s %s/%s by %s; ", at(r.Time), r.Namespace, r.Pod, r.User)
-				}
-			}
+		for _, at := range dots[decision] {
+			l.Dots = append(l.Dots, at)
 		}
-		for place, n := range counts {
-			title := titles[place]
-			if n > 5 {
-				title += fmt.Sprintf("and %d more", n-5)
-			}
-			l.Dots = append(l.Dots, dot{X: lineLeft + 6 + float64(place)*8, R: min(4+float64(n-1)/2, 10), Title: title})
-		}
-		slices.SortFunc(l.Dots, func(a, b dot) int { return int(a.X - b.X) })
+		slices.SortFunc(l.Dots, func(a, b *dot) int { return cmp.Compare(a.X, b.X) })
 		if len(l.Dots) > 0 {
 			lanes = append(lanes, l)
 		}
@@ -115,12 +136,12 @@ func timeline(removals []review.Removal) ([]lane, []tick) {
 		at := first.Add(span * time.Duration(i) / 5)
 		ticks = append(ticks, tick{X: lineLeft + 6 + float64(lineWidth-10)*float64(i)/5, Text: at.UTC().Format(layout)})
 	}
-	return lanes, ticks
+	return lanes, ticks, nil
 }
 
 // html writes one file that needs nothing else: no network, no script.
 func (d document) html(out io.Writer) error {
-	m := &markup{}
+	m := &markup{bufio.NewWriter(out)}
 	m.add(`<!doctype html>
 <html lang="en">
 <head>
@@ -136,12 +157,14 @@ func (d document) html(out io.Writer) error {
 <body>
 <h1>Forced removals of pods</h1>
 <p class="about">%s. Reviewed with eni-guard %s. Times are in UTC.</p>
-`, logWords(d.Log), version.Version)
-	if problems := problemWords(d.Log); len(problems) > 0 {
+`, logWords(d.log), version.Version)
+	if problems := problemWords(d.log); len(problems) > 0 {
 		m.list(`<div class="problems">`, problems, "</div>")
 	}
 	m.cards(d.Totals.Decisions)
-	m.timeline(d.Removals)
+	if err := d.writeTimeline(m); err != nil {
+		return err
+	}
 	m.raw("<h2>Totals</h2>\n<div class=\"totals\">\n")
 	for _, g := range d.groups() {
 		m.add("<table><thead><tr><th>%s</th><th></th></tr></thead><tbody>", g.Title)
@@ -152,14 +175,27 @@ func (d document) html(out io.Writer) error {
 	}
 	m.raw("</div>\n")
 	for _, s := range d.sections() {
-		m.add("<h2>%s</h2>\n", s.title)
-		m.list("", s.lines, "")
+		begun := false
+		for line, err := range s.lines {
+			if err != nil {
+				return err
+			}
+			if !begun {
+				m.add("<h2>%s</h2>\n<ul>", s.title)
+				begun = true
+			}
+			m.add("<li>%s</li>\n", line)
+		}
+		if begun {
+			m.raw("</ul>\n")
+		}
 	}
 	m.raw("<h2>Every removal</h2>\n")
-	m.removals(d.Removals)
+	if err := d.writeRemovals(m); err != nil {
+		return err
+	}
 	m.raw("</body>\n</html>\n")
-	_, err := io.WriteString(out, m.String())
-	return err
+	return m.Flush()
 }
 
 func (m *markup) list(before string, lines []string, after string) {
@@ -185,10 +221,10 @@ func (m *markup) cards(counts []review.Count) {
 	m.raw("</div>\n")
 }
 
-func (m *markup) timeline(removals []review.Removal) {
-	lanes, ticks := timeline(removals)
-	if len(lanes) == 0 {
-		return
+func (d document) writeTimeline(m *markup) error {
+	lanes, ticks, err := d.timeline()
+	if len(lanes) == 0 || err != nil {
+		return err
 	}
 	axis := len(lanes) * laneHeight
 	m.add("<h2>Time line</h2>\n<svg id=\"timeline\" viewBox=\"0 0 %d %d\" role=\"img\" aria-label=\"removals by time and decision\">\n", lineLeft+lineWidth+40, axis+30)
@@ -199,35 +235,45 @@ func (m *markup) timeline(removals []review.Removal) {
 		y := i*laneHeight + laneHeight/2
 		m.add("<g class=\"%s\"><text x=\"0\" y=\"%d\" dy=\"4\">%s</text>", l.Decision, y, l.Decision)
 		for _, d := range l.Dots {
-			m.add("<circle cx=\"%g\" cy=\"%d\" r=\"%g\"><title>%s</title></circle>", d.X, y, d.R, d.Title)
+			m.add("<circle cx=\"%g\" cy=\"%d\" r=\"%g\"><title>%s</title></circle>", d.X, y, d.R(), d.Title())
 		}
 		m.raw("</g>\n")
 	}
 	m.raw("</svg>\n")
+	return nil
 }
 
-func (m *markup) removals(removals []review.Removal) {
-	if len(removals) == 0 {
+// removalHeads are the columns of the table of removals. On a narrow screen each stands before its cell.
+var removalHeads = []string{"Time", "User", "From", "Pod", "Node", "Way in", "Mode", "Verdict", "Decision", "Reason, and what was on the node"}
+
+func (d document) writeRemovals(m *markup) error {
+	if d.Count == 0 {
 		m.raw("<p>There were none.</p>\n")
-		return
+		return nil
 	}
 	m.raw("<div class=\"scroll\"><table id=\"removals\"><thead><tr>")
-	for _, head := range []string{"Time", "User", "From", "Pod", "Node", "Way in", "Mode", "Verdict", "Decision", "Reason, and what was on the node"} {
+	for _, head := range removalHeads {
 		m.add("<th>%s</th>", head)
 	}
 	m.raw("</tr></thead><tbody>\n")
-	for _, r := range removals {
+	for r, err := range d.Removals() {
+		if err != nil {
+			return err
+		}
 		m.add("<tr><td class=\"time\">%s</td><td>%s", at(r.Time), r.User)
 		m.optional("<small>by %s</small>", r.ImpersonatedBy)
 		m.add("</td><td>%s", strings.Join(r.SourceIPs, ", "))
 		m.optional("<small>%s</small>", r.UserAgent)
 		m.add("</td><td>%s/%s</td><td>%s<small>%s</small></td>", r.Namespace, orUnknown(r.Pod), orUnknown(r.Node), orUnknown(strings.Join(r.Addresses, ", ")))
 		m.add("<td class=\"short\">%s</td><td class=\"short\">%s</td><td class=\"short\">%s</td>", r.Path, orUnknown(r.Mode), r.Verdict)
-		m.add("<td><span class=\"tag %s\">%s</span></td><td>%s", r.Decision, r.Decision, r.Reason)
+		m.add("<td><span class=\"tag %s\">%s</span>", r.Decision, r.Decision)
+		m.optional("<small>%s</small>", string(r.Outcome))
+		m.add("</td><td>%s", r.Reason)
 		m.optional("<small>“%s”</small>", r.OverrideReason)
 		m.optional("<small>%s</small>", r.Evidence)
 		m.optional("<small>then: %s</small>", thenWords(r.Then))
 		m.raw("</td></tr>\n")
 	}
 	m.raw("</tbody></table></div>\n")
+	return nil
 }

@@ -1,8 +1,10 @@
 package audit
 
 import (
+	"bufio"
 	"fmt"
 	"io"
+	"iter"
 	"os"
 	"slices"
 	"strings"
@@ -37,14 +39,18 @@ func styleOf(out io.Writer) style {
 
 // column is one of a table.
 type column struct {
-	head  string
-	cells []string
+	head string
 	// least is what it is cut down to before a column is left out; rank says which one is left out first, the highest.
 	least, rank int
 	// atStart says that what does not fit is cut off at the start.
 	atStart bool
 	paint   func(string) string
+	// cell is which one of a row it shows, and natural what the widest takes.
+	cell, natural int
 }
+
+// rows are those of a table, a text for each column, as often as they are asked for.
+type rows = iter.Seq2[[]string, error]
 
 // removalColumns are the columns of the table of removals.
 var removalColumns = []struct {
@@ -63,33 +69,62 @@ var removalColumns = []struct {
 	{"MODE", 5, 8, func(r review.Removal) string { return orUnknown(r.Mode) }},
 	{"VERDICT", 9, 5, func(r review.Removal) string { return r.Verdict }},
 	{"DECISION", 12, 0, func(r review.Removal) string { return string(r.Decision) }},
+	{"OUTCOME", 7, 9, func(r review.Removal) string { return string(r.Outcome) }},
 	{"REASON", 15, 3, func(r review.Removal) string { return r.Reason }},
 }
 
-// table prints columns beside each other.
-func table(columns []column, s style) string {
-	columns = fit(columns, s.width)
-	var b strings.Builder
-	for row := -1; len(columns) > 0 && row < len(columns[0].cells); row++ {
-		var line strings.Builder
-		for i, c := range columns {
-			text := c.head
-			if row >= 0 {
-				text = c.cells[row]
-			}
-			text = shorten(text, c.least, c.atStart)
-			padding := strings.Repeat(" ", c.least-utf8.RuneCountInString(text))
-			if row >= 0 && c.paint != nil && s.colour {
-				text = c.paint(text)
-			}
-			line.WriteString(text)
-			if i < len(columns)-1 {
-				line.WriteString(padding + "  ")
-			}
-		}
-		b.WriteString(strings.TrimRight(line.String(), " ") + "\n")
+// writeTable prints columns beside each other. It goes through the rows twice: no table is too long for memory.
+func writeTable(out io.Writer, columns []column, rows rows, s style) error {
+	for i := range columns {
+		columns[i].cell, columns[i].natural = i, utf8.RuneCountInString(columns[i].head)
 	}
-	return b.String()
+	for row, err := range rows {
+		if err != nil {
+			return err
+		}
+		for i := range columns {
+			columns[i].natural = max(columns[i].natural, utf8.RuneCountInString(row[i]))
+		}
+	}
+	columns = fit(columns, s.width)
+	heads := make([]string, len(columns))
+	for i, c := range columns {
+		heads[i] = shorten(c.head, c.least, c.atStart)
+	}
+	if err := writeRow(out, columns, heads, false); err != nil {
+		return err
+	}
+	cells := make([]string, len(columns))
+	for row, err := range rows {
+		if err != nil {
+			return err
+		}
+		for i, c := range columns {
+			cells[i] = shorten(row[c.cell], c.least, c.atStart)
+		}
+		if err := writeRow(out, columns, cells, s.colour); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// writeRow prints one line of a table, painted or not.
+func writeRow(out io.Writer, columns []column, cells []string, painted bool) error {
+	var line strings.Builder
+	for i, c := range columns {
+		padding := strings.Repeat(" ", c.least-utf8.RuneCountInString(cells[i]))
+		if text := cells[i]; c.paint != nil && painted {
+			line.WriteString(c.paint(text))
+		} else {
+			line.WriteString(text)
+		}
+		if i < len(columns)-1 {
+			line.WriteString(padding + "  ")
+		}
+	}
+	_, err := io.WriteString(out, strings.TrimRight(line.String(), " ")+"\n")
+	return err
 }
 
 // fit gives every column its width, in least. Columns are left out until the others fit at their least; then the widest are cut down.
@@ -102,13 +137,8 @@ func fit(columns []column, width int) []column {
 		}
 		return sum
 	}
-	natural := make([]int, len(columns))
 	for i, c := range columns {
-		natural[i] = utf8.RuneCountInString(c.head)
-		for _, cell := range c.cells {
-			natural[i] = max(natural[i], utf8.RuneCountInString(cell))
-		}
-		fitted[i].least = min(c.least, natural[i])
+		fitted[i].least = min(c.least, c.natural)
 	}
 	for width > 0 && total() > width {
 		last := slices.IndexFunc(fitted, func(c column) bool {
@@ -117,12 +147,12 @@ func fit(columns []column, width int) []column {
 		if last < 0 {
 			return fitted
 		}
-		fitted, natural = slices.Delete(fitted, last, last+1), slices.Delete(natural, last, last+1)
+		fitted = slices.Delete(fitted, last, last+1)
 	}
 	for {
 		narrowest := -1
 		for i, c := range fitted {
-			if c.least < natural[i] && (narrowest < 0 || natural[i]-c.least < natural[narrowest]-fitted[narrowest].least) {
+			if c.least < c.natural && (narrowest < 0 || c.natural-c.least < fitted[narrowest].natural-fitted[narrowest].least) {
 				narrowest = i
 			}
 		}
@@ -166,54 +196,65 @@ func paintDecision(text string) string {
 }
 
 // text is the report for people.
-func (d document) text(s style) string {
-	var b strings.Builder
+func (d document) text(to io.Writer, s style) error {
+	out := bufio.NewWriter(to)
 	head := func(format string, args ...any) {
 		text := fmt.Sprintf(format, args...)
 		if s.colour {
 			text = bold + text + plain
 		}
-		b.WriteString("\n" + text + "\n")
+		// It keeps the first error until it is flushed; so do those below.
+		_, _ = out.WriteString("\n" + text + "\n")
 	}
-	b.WriteString(logWords(d.Log) + "\n")
-	if len(d.Removals) == 0 {
-		b.WriteString("\nno forced removals\n")
+	line := func(text string) { _, _ = out.WriteString("  " + printable(text) + "\n") }
+	_, _ = out.WriteString(logWords(d.log) + "\n")
+	if d.Count == 0 {
+		_, _ = out.WriteString("\nno forced removals\n")
 	} else {
-		head("%s by force", removals(len(d.Removals)))
-		b.WriteString(d.removalTable(s))
+		head("%s by force", removals(d.Count))
+		if err := d.removalTable(out, s); err != nil {
+			return err
+		}
 	}
 	for _, section := range d.sections() {
-		head("%s", section.title)
-		for _, line := range section.lines {
-			b.WriteString("  " + printable(line) + "\n")
+		begun := false
+		for text, err := range section.lines {
+			if err != nil {
+				return err
+			}
+			if !begun {
+				head("%s", section.title)
+				begun = true
+			}
+			line(text)
 		}
 	}
 	for _, g := range d.groups() {
 		head("%s", g.Title)
-		for _, line := range countLines(g.Counts) {
-			b.WriteString("  " + printable(line) + "\n")
+		for _, text := range countLines(g.Counts) {
+			line(text)
 		}
 	}
-	for _, problem := range problemWords(d.Log) {
-		b.WriteString("\n" + printable(problem))
+	for i, problem := range problemWords(d.log) {
+		if i == 0 {
+			_, _ = out.WriteString("\n")
+		}
+		_, _ = out.WriteString(printable(problem) + "\n")
 	}
-	return strings.TrimRight(b.String(), "\n") + "\n"
+	return out.Flush()
 }
 
-func removals(n int) string {
+func removals(n int64) string {
 	if n == 1 {
 		return "1 removal or try"
 	}
 	return fmt.Sprintf("%d removals and tries", n)
 }
 
-func (d document) removalTable(s style) string {
+func (d document) removalTable(out io.Writer, s style) error {
 	var columns []column
 	for _, c := range removalColumns {
 		col := column{head: c.head, least: c.least, rank: c.rank}
-		for _, r := range d.Removals {
-			col.cells = append(col.cells, printable(c.value(r)))
-		}
 		switch c.head {
 		case "DECISION":
 			col.paint = paintDecision
@@ -222,55 +263,65 @@ func (d document) removalTable(s style) string {
 		}
 		columns = append(columns, col)
 	}
-	return table(columns, s)
+	return writeTable(out, columns, func(yield func([]string, error) bool) {
+		cells := make([]string, len(removalColumns))
+		for r, err := range d.Removals() {
+			for i, c := range removalColumns {
+				cells[i] = printable(c.value(r))
+			}
+			if !yield(cells, err) {
+				return
+			}
+		}
+	}, s)
 }
 
-// section is a list with a title.
+// section is a list with a title; it may be empty.
 type section struct {
 	title string
-	lines []string
+	lines iter.Seq2[string, error]
 }
 
 // sections are what a reader should not have to look for in the table.
 func (d document) sections() []section {
-	var overrides, stayed, slipped, weakened, changed []string
-	for _, r := range d.Removals {
-		who := fmt.Sprintf("%s %s/%s by %s", at(r.Time), r.Namespace, orUnknown(r.Pod), userWords(r.User, r.ImpersonatedBy))
-		switch {
-		case r.Decision == review.SlippedPast:
-			slipped = append(slipped, who+": "+slippedWords(r.Reason))
-		case r.Decision == review.Decision(webhook.Overridden):
-			there := "no webhook answered, so nobody looked at the node"
-			if r.Evidence != "" {
-				there = r.Evidence
-			} else if r.Verdict == "released" {
-				there = "nothing was left on the node"
+	about := func(tell func(review.Removal) (string, bool)) iter.Seq2[string, error] {
+		return func(yield func(string, error) bool) {
+			for r, err := range d.Removals() {
+				if words, tells := tell(r); (tells || err != nil) &&
+					!yield(fmt.Sprintf("%s %s/%s by %s%s", at(r.Time), r.Namespace, orUnknown(r.Pod), userWords(r.User, r.ImpersonatedBy), words), err) {
+					return
+				}
 			}
-			overrides = append(overrides, fmt.Sprintf("%s: %q. On the node: %s", who, r.OverrideReason, there))
-		case !r.Gone():
-			stayed = append(stayed, fmt.Sprintf("%s, %s: %s", who, r.Decision, stayedWords(r)))
 		}
 	}
-	for _, c := range d.Changes {
-		line := fmt.Sprintf("%s %s by %s: %s", at(c.Time), c.Object, userWords(c.User, c.ImpersonatedBy), c.What)
-		if c.Weakens {
-			weakened = append(weakened, line)
-		} else {
-			changed = append(changed, line)
+	changes := func(weakening bool) iter.Seq2[string, error] {
+		return func(yield func(string, error) bool) {
+			for c, err := range d.Changes() {
+				if (c.Weakens == weakening || err != nil) && !yield(fmt.Sprintf("%s %s by %s: %s", at(c.Time), c.Object, userWords(c.User, c.ImpersonatedBy), c.What), err) {
+					return
+				}
+			}
 		}
 	}
-	all := []section{
-		{"Slipped past the guard", slipped}, {"Overridden", overrides}, {"Refused or held, then", stayed},
-		{"Who weakened the guard", weakened}, {"Other changes of the guard", changed},
-		{"Not in this log, so not told (docs/audit.md has the audit policy that records it)", untoldWords(d.Untold)},
+	return []section{
+		{"Slipped past the guard", about(func(r review.Removal) (string, bool) {
+			return ": " + slippedWords(r.Reason) + outcomeWords(r), r.Decision == review.SlippedPast
+		})},
+		{"Overridden", about(func(r review.Removal) (string, bool) {
+			return fmt.Sprintf(": %q. On the node: %s", r.OverrideReason, thereWords(r)) + outcomeWords(r), r.Decision == review.Decision(webhook.Overridden)
+		})},
+		{"Refused, held or failed, then", about(func(r review.Removal) (string, bool) {
+			return fmt.Sprintf(", %s: %s", stayedAs(r), stayedWords(r)), !r.Gone()
+		})},
+		{"Who weakened the guard", changes(true)}, {"Other changes of the guard", changes(false)},
+		{"Not in this log, so not told (docs/audit.md has the audit policy that records it)", func(yield func(string, error) bool) {
+			for _, words := range untoldWords(d.Untold) {
+				if !yield(words, nil) {
+					return
+				}
+			}
+		}},
 	}
-	kept := all[:0]
-	for _, section := range all {
-		if len(section.lines) > 0 {
-			kept = append(kept, section)
-		}
-	}
-	return kept
 }
 
 // groups are the totals that are not empty.
@@ -303,7 +354,7 @@ func problemWords(log auditlog.Summary) []string {
 	if log.ProblemCount == 0 {
 		return nil
 	}
-	all := []string{count(int(log.ProblemCount), "problem") + " in the log; what is there is missing above:"}
+	all := []string{count(int(log.ProblemCount), "problem") + " in the log; what is there is missing here:"}
 	for _, p := range log.Problems {
 		all = append(all, "  "+p.String())
 	}
@@ -317,20 +368,29 @@ func problemWords(log auditlog.Summary) []string {
 func checkText(log auditlog.Summary, needs []review.Need, s style) string {
 	columns := []column{{head: "RECORDED"}, {head: "AT LEAST"}, {head: "IN THIS LOG"}, {head: "TELLS", rank: 1, least: 10}}
 	lacking, unseen := 0, 0
+	var cells [][]string
 	for _, n := range needs {
-		for i, text := range []string{n.What, n.Level, printable(n.Verdict()), n.Why} {
-			columns[i].cells = append(columns[i].cells, text)
-			if i < 3 {
-				columns[i].least = max(columns[i].least, utf8.RuneCountInString(text))
-			}
+		row := []string{n.What, n.Level, printable(n.Verdict()), n.Why}
+		for i, text := range row[:3] {
+			columns[i].least = max(columns[i].least, utf8.RuneCountInString(text))
 		}
+		cells = append(cells, row)
 		if n.Lacking > 0 {
 			lacking++
 		} else if n.Seen == 0 {
 			unseen++
 		}
 	}
-	text := logWords(log) + "\n\n" + table(columns, s) + "\n"
+	var table strings.Builder
+	// Nothing here can fail.
+	_ = writeTable(&table, columns, func(yield func([]string, error) bool) {
+		for _, row := range cells {
+			if !yield(row, nil) {
+				return
+			}
+		}
+	}, s)
+	text := logWords(log) + "\n\n" + table.String() + "\n"
 	switch {
 	case lacking > 0:
 		text += "The audit policy lacks something: compare it with the one in docs/audit.md.\n"

@@ -60,7 +60,7 @@ func TestOnATerminalTheTableFitsAndHasColours(t *testing.T) {
 		}
 		shown <- text.String()
 	}()
-	if err := documentOf(t, everyWay).print(user, "table"); err != nil {
+	if err := reviewOf(t, everyWay).print(user, "table"); err != nil {
 		t.Fatal(err)
 	}
 	fmt.Fprint(user, "END")

@@ -7,6 +7,7 @@ import (
 	"unicode"
 
 	"github.com/eni-guard/eni-guard/internal/review"
+	"github.com/eni-guard/eni-guard/internal/sandbox"
 	"github.com/eni-guard/eni-guard/webhook"
 )
 
@@ -62,6 +63,8 @@ func thenWords(then *review.Then) string {
 		text = fmt.Sprintf("ended %s later (%s)", after, then.By)
 	case review.HowFreed:
 		text = fmt.Sprintf("ended and was freed %s later", after)
+	case review.HowStripped:
+		text = fmt.Sprintf("its finalizers were taken away %s later by %s", after, then.By)
 	case review.HowForced:
 		text = fmt.Sprintf("removed by force %s later by %s, %s", after, then.By, then.Decision)
 	}
@@ -74,10 +77,48 @@ func thenWords(then *review.Then) string {
 	return text
 }
 
+// thereWords says what was on the node when a pod was removed by an override.
+func thereWords(r review.Removal) string {
+	switch {
+	case r.Evidence != "":
+		return r.Evidence
+	case r.Verdict == string(sandbox.Released):
+		return "nothing was left on the node"
+	default:
+		return "no webhook answered, so nobody looked at the node"
+	}
+}
+
+// outcomeWords says how a request has ended that was not kept from removing the pod, unless it has just removed it.
+func outcomeWords(r review.Removal) string {
+	switch r.Outcome {
+	case review.OutcomeFailed:
+		return fmt.Sprintf(". The API server has refused it with %d", r.Code)
+	case review.OutcomeHeld:
+		return ". The object stays until its finalizers are taken away: " + strings.Join(r.Finalizers, ", ")
+	case review.OutcomeUntold:
+		return ". The log does not say whether that pod went"
+	default:
+		return ""
+	}
+}
+
+// stayedAs says why a pod stayed: by the decision, or by what came after it.
+func stayedAs(r review.Removal) string {
+	switch {
+	case r.Outcome == review.OutcomeFailed:
+		return fmt.Sprintf("%s, and failed with %d", r.Decision, r.Code)
+	case r.Outcome == review.OutcomeHeld && r.Decision != review.Decision(webhook.Held):
+		return string(r.Decision) + ", and held by " + strings.Join(r.Finalizers, ", ")
+	default:
+		return string(r.Decision)
+	}
+}
+
 // stayedWords says what became of a pod that stayed; also where the log does not tell.
 func stayedWords(r review.Removal) string {
 	if r.Then == nil {
-		return "still there when the log ends"
+		return "nothing in the log says that it has gone"
 	}
 	return thenWords(r.Then)
 }
@@ -109,6 +150,7 @@ func untoldWords(u review.Untold) []string {
 		{u.Collections, "%d deletes of collections of pods: the log does not have which pods"},
 		{u.Evictions, "%d evictions without a decision: the log does not have the pod"},
 		{u.Records, "%d decisions that were cut off when they were written"},
+		{u.Unmatched, "%d removals that may be among those asked for: their node, pod or UID is not on record"},
 	} {
 		if c.n > 0 {
 			all = append(all, fmt.Sprintf(c.what, c.n))

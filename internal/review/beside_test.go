@@ -61,11 +61,11 @@ func TestRemovalsInExemptNamespaces(t *testing.T) {
 
 // The same event, written in another zone by whoever collects logs, is one.
 func TestOneEventInTwoZones(t *testing.T) {
-	v := New(Guard{Namespace: "eni-guard", Release: "eni-guard"})
+	live := NewLive(guard)
 	first := collected(nil, "web-0")
 	second := *first
 	second.Received = first.Received.In(time.FixedZone("CST", 8*60*60))
-	if len(v.Add(first)) != 1 || len(v.Add(&second)) != 0 {
+	if len(live.Add(first)) != 1 || len(live.Add(&second)) != 0 || len(reportOf(t, first, &second).Removals) != 1 {
 		t.Error("it is told twice")
 	}
 }

@@ -30,9 +30,11 @@ type Change struct {
 	Weakens bool   `json:"weakens"`
 	AuditID string `json:"auditID"`
 
-	// value is what was set; a change that sets the same again is none.
-	value string
-	verb  string
+	// Value is what was set, and Verb that of the request. An update that sets the same again is no change.
+	Value string `json:"value,omitempty"`
+	Verb  string `json:"verb"`
+	// Name is that of the object; empty for a collection.
+	Name string `json:"name,omitempty"`
 }
 
 // ChangeKind is what was changed.
@@ -42,9 +44,11 @@ type ChangeKind string
 const (
 	ChangeMode          ChangeKind = "mode"
 	ChangeOverride      ChangeKind = "override"
+	ChangeFinalizers    ChangeKind = "finalizers"
 	ChangeConfiguration ChangeKind = "configuration"
 	ChangeWorkload      ChangeKind = "workload"
 	ChangeNode          ChangeKind = "node"
+	ChangeRight         ChangeKind = "right"
 )
 
 // kinds are the resources of the guard's configuration, and what one object of each is called.
@@ -54,12 +58,31 @@ var kinds = map[string]string{
 	"validatingadmissionpolicybindings": "validatingadmissionpolicybinding",
 }
 
+// rights are the resources that say who may override, and what one object of each is called.
+var rights = map[string]string{
+	"clusterroles": "clusterrole", "roles": "role", "clusterrolebindings": "clusterrolebinding", "rolebindings": "rolebinding",
+}
+
+// allConfigurations is what a delete of a collection of webhook configurations is about.
+const allConfigurations = "validatingwebhookconfiguration " + collection
+
+// collection is the name of what was deleted by a selector: the log does not say which objects that were.
+const collection = "(all, or those of a selector)"
+
+// configuration is the object of the guard's configuration that fails closed.
+func (g Guard) configuration() string { return "validatingwebhookconfiguration " + g.Release }
+
+// forceDeletes is the resource that the right to override is about (group eni-guard.io).
+const forceDeletes = "forcedeletes"
+
 const outOfServiceTaint = corev1.TaintNodeOutOfService
 
 // written is what is read of the body of a change: an object, a merge patch of one, or a JSON patch (RFC 6902).
 type written struct {
 	Metadata struct {
 		Labels, Annotations map[string]*string
+		// Finalizers are nil where none are mentioned, and "null" where they are taken away.
+		Finalizers json.RawMessage
 	}
 	Spec struct {
 		Replicas *int32
@@ -68,7 +91,11 @@ type written struct {
 			Patch       string `json:"$patch"`
 		}
 	}
-	Webhooks []hook
+	// Webhooks has nil for one that is taken away.
+	Webhooks []*hook
+	Rules    []struct{ Verbs, APIGroups, Resources []string }
+	RoleRef  struct{ Name string }
+	Subjects []struct{ Kind, Namespace, Name string }
 }
 
 type hook struct {
@@ -82,6 +109,7 @@ func readWritten(body []byte) (w written, ok bool) {
 		return w, false
 	}
 	var operations []struct {
+		Op    string
 		Path  string
 		Value any
 	}
@@ -92,6 +120,9 @@ func readWritten(body []byte) (w written, ok bool) {
 		return w, false
 	}
 	for _, operation := range operations {
+		if operation.Op == "test" {
+			continue
+		}
 		// What an operation writes at a path, as the merge patch that does the same; what it takes away as null.
 		value := operation.Value
 		for _, part := range slices.Backward(strings.Split(strings.TrimPrefix(operation.Path, "/"), "/")) {
@@ -113,13 +144,16 @@ func readWritten(body []byte) (w written, ok bool) {
 
 // changeOf returns what an event has changed about the guard, if it has.
 func (g Guard) changeOf(e *auditlog.Event) (Change, bool) {
-	if !e.Succeeded() || strings.Contains(e.RequestURI, "dryRun=") || strings.Contains(string(e.RequestObject), `"dryRun":[`) {
+	if !e.Succeeded() || e.DryRun() {
 		return Change{}, false
 	}
 	ref := e.ObjectRef
 	name := ref.Name
+	if e.Verb == "deletecollection" {
+		name = collection
+	}
 	body, bodied := readWritten(e.RequestObject)
-	c := Change{Time: e.Received, User: e.Actor().Username, AuditID: e.AuditID, verb: e.Verb}
+	c := Change{Time: e.Received.UTC(), User: e.Actor().Username, AuditID: e.AuditID, Verb: e.Verb, Name: ref.Name}
 	if e.User.Username != c.User {
 		c.ImpersonatedBy = e.User.Username
 	}
@@ -128,19 +162,32 @@ func (g Guard) changeOf(e *auditlog.Event) (Change, bool) {
 	case ref.Resource == "namespaces" && ref.Subresource == "":
 		c.Kind, c.Object, c.Namespace = ChangeMode, "namespace "+name, name
 		found = c.mode(e.Verb, body, bodied)
+		if e.Verb == "delete" && name == g.Namespace {
+			c.Kind, c.What, c.Weakens, found = ChangeWorkload, "deleted, with all of the guard", true, true
+		}
 	case ref.Resource == "pods" && ref.Subresource == "":
 		c.Kind, c.Object, c.Namespace = ChangeOverride, "pod "+ref.Namespace+"/"+name, ref.Namespace
-		found = c.override(e.Verb, body)
+		found = c.override(e.Verb, body) || c.finalizers(e.Verb, body)
 	case ref.Resource == "nodes" && ref.Subresource == "":
 		c.Kind, c.Object = ChangeNode, "node "+name
 		found = c.node(e.Verb, body)
 	case kinds[ref.Resource] != "":
 		c.Kind, c.Object = ChangeConfiguration, kinds[ref.Resource]+" "+name
-		found = g.owns(ref.Resource, name, body)
+		found = e.Verb == "deletecollection" || g.owns(ref.Resource, name, body)
 		c.configuration(e.Verb, body, bodied)
 	case (ref.Resource == "deployments" || ref.Resource == "daemonsets") && ref.Namespace == g.Namespace:
 		c.Kind, c.Object, c.Namespace = ChangeWorkload, strings.TrimSuffix(ref.Resource, "s")+" "+ref.Namespace+"/"+name, ref.Namespace
-		found = strings.HasPrefix(name, g.Release+"-") && c.workload(e.Verb, ref.Subresource, body)
+		found = (e.Verb == "deletecollection" || strings.HasPrefix(name, g.Release+"-")) && c.workload(e.Verb, ref.Subresource, body)
+	case rights[ref.Resource] != "":
+		c.Kind, c.Object, c.Namespace = ChangeRight, rights[ref.Resource]+" "+name, ref.Namespace
+		if ref.Namespace != "" {
+			c.Object = rights[ref.Resource] + " " + ref.Namespace + "/" + name
+		}
+		// The answer has the whole object, also where a patch has only a part of it.
+		if whole, ok := readWritten(e.ResponseObject); ok && (whole.RoleRef.Name != "" || len(whole.Rules) > 0) {
+			body = whole
+		}
+		found = c.right(g, e.Verb, body)
 	}
 	return c, found
 }
@@ -149,7 +196,7 @@ func (g Guard) changeOf(e *auditlog.Event) (Change, bool) {
 func (g Guard) owns(resource, name string, body written) bool {
 	if resource == "validatingwebhookconfigurations" {
 		return name == g.Release || name == g.Release+"-failing-open" ||
-			slices.ContainsFunc(body.Webhooks, func(h hook) bool { return h.Name == webhookName })
+			slices.ContainsFunc(body.Webhooks, func(h *hook) bool { return h != nil && h.Name == webhookName })
 	}
 	return strings.HasSuffix(name, "eni-guard.io")
 }
@@ -161,7 +208,7 @@ func (c *Change) mode(verb string, body written, bodied bool) bool {
 	mode, mentioned := body.Metadata.Labels[webhook.ModeLabel]
 	switch {
 	case mode != nil:
-		c.value, c.What = *mode, "mode "+*mode
+		c.Value, c.What = *mode, "mode "+*mode
 		c.Weakens = *mode == string(webhook.ModeOff) || *mode == string(webhook.ModeAudit)
 	case mentioned:
 		c.What = "label of the mode taken away"
@@ -179,7 +226,7 @@ func (c *Change) override(verb string, body written) bool {
 	case reason == nil:
 		c.What = "override taken away"
 	default:
-		c.value, c.What, c.Weakens = *reason, fmt.Sprintf("override: %q", *reason), true
+		c.Value, c.What, c.Weakens = *reason, fmt.Sprintf("override: %q", *reason), true
 		if until := body.Metadata.Annotations[webhook.OverrideUntilAnnotation]; until != nil {
 			c.What += " until " + *until
 		}
@@ -187,14 +234,23 @@ func (c *Change) override(verb string, body written) bool {
 	return true
 }
 
+// finalizers is a change that takes finalizers from a pod without saying which. One that names the guard's is a removal.
+func (c *Change) finalizers(verb string, body written) bool {
+	if value := string(body.Metadata.Finalizers); verb != "patch" || value != "null" && value != "[]" && value != "[null]" {
+		return false
+	}
+	c.Kind, c.What, c.Weakens = ChangeFinalizers, "finalizers taken away", true
+	return true
+}
+
 func (c *Change) node(verb string, body written) bool {
-	if verb == "delete" {
+	if verb == "delete" || verb == "deletecollection" {
 		c.What, c.Weakens = "deleted", true
 		return true
 	}
 	for _, taint := range body.Spec.Taints {
 		if taint.Key == outOfServiceTaint && taint.Patch != "delete" {
-			c.What, c.value, c.Weakens = "taint "+outOfServiceTaint, outOfServiceTaint, true
+			c.What, c.Value, c.Weakens = "taint "+outOfServiceTaint, outOfServiceTaint, true
 			return true
 		}
 	}
@@ -203,7 +259,7 @@ func (c *Change) node(verb string, body written) bool {
 	}
 	for _, label := range []string{"type", "kubernetes.io/os"} {
 		if value := body.Metadata.Labels[label]; value != nil && (*value == "virtual-kubelet" || *value == "windows") {
-			c.What, c.value, c.Weakens = "label "+label+"="+*value, *value, true
+			c.What, c.Value, c.Weakens = "label "+label+"="+*value, *value, true
 			return true
 		}
 	}
@@ -212,7 +268,7 @@ func (c *Change) node(verb string, body written) bool {
 
 func (c *Change) configuration(verb string, body written, bodied bool) {
 	switch verb {
-	case "delete":
+	case "delete", "deletecollection":
 		c.What, c.Weakens = "deleted", true
 		return
 	case "create":
@@ -224,11 +280,45 @@ func (c *Change) configuration(verb string, body written, bodied bool) {
 		c.What += ", to what is not on record"
 	}
 	for _, hook := range body.Webhooks {
+		if hook == nil {
+			c.What += ", a webhook taken away"
+			c.Weakens = true
+			continue
+		}
 		if policy := hook.FailurePolicy; policy != nil && !strings.HasSuffix(c.Object, "-failing-open") {
 			c.What += fmt.Sprintf(", failurePolicy %s", *policy)
-			c.Weakens = *policy == admissionregistrationv1.Ignore
+			c.Weakens = c.Weakens || *policy == admissionregistrationv1.Ignore
 		}
 	}
+}
+
+// right is a change of who may override, or of what the guard itself may do.
+func (c *Change) right(g Guard, verb string, body written) bool {
+	own := c.Name == g.Release || strings.HasPrefix(c.Name, g.Release+"-")
+	var to []string
+	for _, subject := range body.Subjects {
+		to = append(to, strings.TrimPrefix(strings.Join([]string{subject.Kind, subject.Namespace, subject.Name}, " "), " "))
+	}
+	overrides := slices.ContainsFunc(body.Rules, func(rule struct{ Verbs, APIGroups, Resources []string }) bool {
+		return slices.Contains(rule.Resources, forceDeletes)
+	})
+	switch {
+	case verb == "deletecollection" && (c.Namespace == "" || c.Namespace == g.Namespace) || verb == "delete" && own:
+		c.What, c.Weakens = "deleted", true
+	case verb == "delete" || verb == "deletecollection":
+		return false
+	case body.RoleRef.Name == g.Release+"-override":
+		c.What, c.Weakens = "the right to override for "+strings.Join(to, ", "), len(to) > 0
+	case overrides && !own:
+		c.What, c.Weakens = "has the right to override", true
+	case !own:
+		return false
+	case verb == "create":
+		c.What = "created"
+	default:
+		c.What = "changed"
+	}
+	return true
 }
 
 func (c *Change) workload(verb, subresource string, body written) bool {
@@ -238,8 +328,8 @@ func (c *Change) workload(verb, subresource string, body written) bool {
 	case subresource != "" && subresource != "scale":
 		return false
 	case body.Spec.Replicas != nil:
-		c.value = fmt.Sprint(*body.Spec.Replicas)
-		c.What, c.Weakens = "replicas "+c.value, *body.Spec.Replicas == 0
+		c.Value = fmt.Sprint(*body.Spec.Replicas)
+		c.What, c.Weakens = "replicas "+c.Value, *body.Spec.Replicas == 0
 	case verb == "create":
 		c.What = "created"
 	default:

@@ -3,6 +3,8 @@
 package review
 
 import (
+	"bytes"
+	"cmp"
 	"encoding/json"
 	"net/url"
 	"slices"
@@ -86,12 +88,32 @@ type Removal struct {
 	Inferred       bool   `json:"inferred,omitempty"`
 	Evidence       string `json:"evidence,omitempty"`
 	OverrideReason string `json:"overrideReason,omitempty"`
-	// Code is that of the API server's answer. A removal that was let through may have failed for another reason.
-	Code    int    `json:"code"`
-	AuditID string `json:"auditID"`
+	// Outcome is what the API server has made of it, and Code that of its answer. What was let through may have failed for another reason.
+	Outcome Outcome `json:"outcome"`
+	Code    int     `json:"code"`
+	// Finalizers are those that keep the object, as far as the answer shows.
+	Finalizers []string `json:"finalizers,omitempty"`
+	AuditID    string   `json:"auditID"`
 	// Then is what became of a pod that was not removed at once, as far as the log tells.
 	Then *Then `json:"then,omitempty"`
 }
+
+// Outcome is what became of the pod by the request itself.
+type Outcome string
+
+// Outcomes.
+const (
+	// OutcomeRemoved means: the pod went, or at least its address was let go.
+	OutcomeRemoved Outcome = "removed"
+	// OutcomeHeld means: the request went through, and a finalizer, the guard's or another one, keeps the object.
+	OutcomeHeld Outcome = "held"
+	// OutcomeRefused means: the guard has refused, or the API server because no webhook answered.
+	OutcomeRefused Outcome = "refused"
+	// OutcomeFailed means: something else has kept the API server from doing it.
+	OutcomeFailed Outcome = "failed"
+	// OutcomeUntold means: the log does not say how the request has ended; or it was about a collection of pods, and has failed at one of them.
+	OutcomeUntold Outcome = "untold"
+)
 
 // Then is how a pod went after all.
 type Then struct {
@@ -119,6 +141,8 @@ const (
 	HowFreed How = "freed"
 	// HowForced means: another removal by force, which has a row of its own.
 	HowForced How = "forced"
+	// HowStripped means: somebody else has taken its finalizers away.
+	HowStripped How = "stripped"
 )
 
 // Untold counts requests that may have been forced removals; the log does not have what would tell.
@@ -131,6 +155,8 @@ type Untold struct {
 	Collections int64 `json:"collections"`
 	// Records are decisions of the guard that were cut off.
 	Records int64 `json:"records"`
+	// Unmatched are removals of which the log does not have the node, the pod or the UID that a filter asks about.
+	Unmatched int64 `json:"unmatched"`
 }
 
 // removalsOf returns the forced removals of an event; none for what is not forced, and for questions in dry run. It counts what cannot be told.
@@ -141,12 +167,25 @@ func (g Guard) removalsOf(e *auditlog.Event, untold *Untold) []Removal {
 	}
 	r := request{Event: e, guard: g, path: path}
 	r.read()
-	if r.dryRun {
+	if e.DryRun() {
 		return nil
 	}
+	rows := r.removals(untold)
+	for i := range rows {
+		r.end(&rows[i])
+	}
+	slices.SortFunc(rows, func(a, b Removal) int {
+		return cmp.Or(cmp.Compare(a.Namespace, b.Namespace), cmp.Compare(a.Pod, b.Pod), cmp.Compare(a.UID, b.UID))
+	})
+	return rows
+}
+
+// removals are those of the request.
+func (r *request) removals(untold *Untold) []Removal {
+	e := r.Event
 	if decided := r.decided(untold); len(decided) > 0 {
 		// The guard may have been asked about some of a collection only.
-		if path == webhook.PathCollection && e.Succeeded() && !ownKubelet(e) {
+		if r.path == webhook.PathCollection && e.Succeeded() && !ownKubelet(e) {
 			decided = append(decided, r.undecided(untold)...)
 		}
 		return slices.DeleteFunc(decided, func(row Removal) bool {
@@ -161,6 +200,35 @@ func (g Guard) removalsOf(e *auditlog.Event, untold *Untold) []Removal {
 	}
 	return r.undecided(untold)
 }
+
+// end says how a removal has ended.
+func (r *request) end(row *Removal) {
+	for _, pod := range r.pods {
+		if pod.UID == row.UID && len(pod.Finalizers) > 0 && r.path != pathUpdate {
+			row.Finalizers = pod.Finalizers
+		}
+	}
+	switch {
+	case row.Decision == Decision(webhook.Denied) || row.Decision == Unanswered:
+		row.Outcome = OutcomeRefused
+	case row.Code == 0 || row.Code >= 300 && r.path == webhook.PathCollection:
+		row.Outcome = OutcomeUntold
+	case row.Code >= 300:
+		row.Outcome = OutcomeFailed
+	case row.Decision == Decision(webhook.Held) || len(row.Finalizers) > 0:
+		row.Outcome = OutcomeHeld
+	default:
+		row.Outcome = OutcomeRemoved
+	}
+}
+
+// stays says whether the removal left the pod where it was, at least for a while.
+func (r *Removal) stays() bool {
+	return r.Outcome == OutcomeRefused || r.Outcome == OutcomeHeld || r.Outcome == OutcomeFailed
+}
+
+// Gone says whether the removal took the pod away at once, or its address, as far as anybody can tell.
+func (r *Removal) Gone() bool { return !r.stays() }
 
 // ownKubelet says whether a kubelet has done it: the API server lets it remove pods of its own node only.
 func ownKubelet(e *auditlog.Event) bool {
@@ -192,23 +260,29 @@ func pathOf(e *auditlog.Event) (webhook.Path, bool) {
 // request is a request that may remove pods, read.
 type request struct {
 	*auditlog.Event
-	guard  Guard
-	path   webhook.Path
-	dryRun bool
+	guard Guard
+	path  webhook.Path
 	// grace is the grace period that was asked for; nil if none was, or if it is not on record.
 	grace *int64
 	// pods are those that the answer shows.
-	pods []corev1.Pod
+	pods []answered
 	// listed says that the answer is on record.
 	listed bool
+}
+
+// answered is a pod in an answer.
+type answered struct {
+	Namespace, Name, UID, Node string
+	Addresses, Finalizers      []string
+	// LeftAlone says that the guard has nothing to say about it, for this Reason.
+	LeftAlone bool
+	Reason    webhook.Reason
 }
 
 // read takes options and answer out of the event. Options stand in the body or, without one, in the address.
 func (r *request) read() {
 	if address, err := url.ParseRequestURI(r.RequestURI); err == nil {
-		query := address.Query()
-		r.dryRun = len(query["dryRun"]) > 0
-		if seconds, err := strconv.ParseInt(query.Get("gracePeriodSeconds"), 10, 64); err == nil {
+		if seconds, err := strconv.ParseInt(address.Query().Get("gracePeriodSeconds"), 10, 64); err == nil {
 			r.grace = &seconds
 		}
 	}
@@ -220,38 +294,81 @@ func (r *request) read() {
 			var eviction policyv1.Eviction
 			if json.Unmarshal(r.RequestObject, &eviction) == nil && eviction.DeleteOptions != nil {
 				r.grace = eviction.DeleteOptions.GracePeriodSeconds
-				r.dryRun = r.dryRun || len(eviction.DeleteOptions.DryRun) > 0
 			}
 		}
 	}
 	if len(r.ResponseObject) > 0 && r.Succeeded() {
-		var answer struct {
-			metav1.TypeMeta
-			Items []corev1.Pod
-		}
-		if json.Unmarshal(r.ResponseObject, &answer) != nil {
-			return
-		}
-		switch answer.Kind {
-		case "PodList":
-			r.pods, r.listed = answer.Items, true
-		case "Pod":
-			var pod corev1.Pod
-			if json.Unmarshal(r.ResponseObject, &pod) == nil {
-				r.pods, r.listed = []corev1.Pod{pod}, true
-			}
-		}
+		r.answer()
 	}
 }
 
-func (r *request) options(body []byte) {
-	var options struct {
-		GracePeriodSeconds *int64
-		DryRun             []string
+// answer reads the pods of the answer, one at a time: that to the delete of a collection can be long. Of each it keeps what is needed here.
+func (r *request) answer() {
+	var answer struct{ metav1.TypeMeta }
+	if json.Unmarshal(r.ResponseObject, &answer) != nil {
+		return
 	}
+	keep := func(decoder *json.Decoder) error {
+		var pod corev1.Pod
+		if err := decoder.Decode(&pod); err != nil {
+			return err
+		}
+		kept := answered{Namespace: pod.Namespace, Name: pod.Name, UID: string(pod.UID), Node: pod.Spec.NodeName, Finalizers: pod.Finalizers}
+		for _, ip := range pod.Status.PodIPs {
+			kept.Addresses = append(kept.Addresses, ip.IP)
+		}
+		kept.Reason, kept.LeftAlone = webhook.LeftAlone(r.path, &pod, r.grace, r.Actor())
+		r.pods = append(r.pods, kept)
+		return nil
+	}
+	decoder := json.NewDecoder(bytes.NewReader(r.ResponseObject))
+	switch answer.Kind {
+	case "PodList":
+		r.listed = eachItem(decoder, keep) == nil
+	case "Pod":
+		r.listed = keep(decoder) == nil
+	}
+	if !r.listed {
+		r.pods = nil
+	}
+}
+
+// eachItem goes through the items of a list.
+func eachItem(decoder *json.Decoder, each func(*json.Decoder) error) error {
+	if _, err := decoder.Token(); err != nil {
+		return err
+	}
+	for decoder.More() {
+		key, err := decoder.Token()
+		if err != nil {
+			return err
+		}
+		if key != "items" {
+			if err := decoder.Decode(new(any)); err != nil {
+				return err
+			}
+			continue
+		}
+		if list, err := decoder.Token(); err != nil || list != json.Delim('[') {
+			return err // null is none
+		}
+		for decoder.More() {
+			if err := each(decoder); err != nil {
+				return err
+			}
+		}
+		if _, err := decoder.Token(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (r *request) options(body []byte) {
+	var options struct{ GracePeriodSeconds *int64 }
 	if json.Unmarshal(body, &options) == nil {
 		// The body counts alone, where there is one (k8s.io/apiserver pkg/endpoints/handlers/delete.go).
-		r.grace, r.dryRun = options.GracePeriodSeconds, len(options.DryRun) > 0
+		r.grace = options.GracePeriodSeconds
 	}
 }
 
@@ -301,7 +418,7 @@ func (r *request) row(fields map[string]string) Removal {
 // base is what every removal of the request has.
 func (r *request) base() Removal {
 	row := Removal{
-		Time: r.Received, User: r.Actor().Username, UserAgent: r.UserAgent, SourceIPs: r.SourceIPs,
+		Time: r.Received.UTC(), User: r.Actor().Username, UserAgent: r.UserAgent, SourceIPs: r.SourceIPs,
 		Namespace: r.ObjectRef.Namespace, Pod: r.ObjectRef.Name, UID: r.ObjectRef.UID, Path: string(r.path),
 		Verdict: string(sandbox.NotAsked), Code: r.ResponseStatus.Code, AuditID: r.AuditID,
 	}
@@ -347,10 +464,10 @@ func (r *request) undecided(untold *Untold) []Removal {
 	}
 	var rows []Removal
 	for _, pod := range r.pods {
-		if _, recorded := r.Annotations[guardPrefix+collectionPrefix+string(pod.UID)]; recorded {
+		if _, recorded := r.Annotations[guardPrefix+collectionPrefix+pod.UID]; recorded {
 			continue // if only by a record that was cut off, which is counted
 		}
-		if reason, alone := webhook.LeftAlone(r.path, &pod, r.grace, r.Actor()); alone && reason == webhook.ReasonNotForced {
+		if pod.LeftAlone && pod.Reason == webhook.ReasonNotForced {
 			continue
 		}
 		rows = append(rows, r.slipped(&pod))
@@ -387,16 +504,13 @@ func (r *request) updatePath() (webhook.Path, bool) {
 
 // slipped is a removal that the guard was not asked about: of a pod that it leaves alone, with an override that the API server has
 // checked by itself, or past the guard. Without the pod nobody can tell whether the guard would have left it alone.
-func (r *request) slipped(pod *corev1.Pod) Removal {
+func (r *request) slipped(pod *answered) Removal {
 	row := r.base()
 	row.Decision, row.Reason, row.Inferred = SlippedPast, ReasonNoTrace, true
 	if pod != nil {
-		row.Namespace, row.Pod, row.UID, row.Node = pod.Namespace, pod.Name, string(pod.UID), pod.Spec.NodeName
-		for _, ip := range pod.Status.PodIPs {
-			row.Addresses = append(row.Addresses, ip.IP)
-		}
-		if reason, alone := webhook.LeftAlone(r.path, pod, r.grace, r.Actor()); alone {
-			row.Decision, row.Reason = Decision(webhook.Exempt), string(reason)
+		row.Namespace, row.Pod, row.UID, row.Node, row.Addresses = pod.Namespace, pod.Name, pod.UID, pod.Node, pod.Addresses
+		if pod.LeftAlone {
+			row.Decision, row.Reason = Decision(webhook.Exempt), string(pod.Reason)
 		}
 	}
 	switch reason, overridden := r.Annotations[policyReason]; {

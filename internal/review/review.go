@@ -2,10 +2,11 @@ package review
 
 import (
 	"cmp"
+	"crypto/sha256"
+	"encoding/binary"
 	"encoding/json"
-	"hash/maphash"
+	"errors"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 
@@ -21,87 +22,117 @@ type Guard struct {
 	Exempt []string
 }
 
-// Review collects what events tell. It keeps a row for each forced removal, and 32 bytes for each other pod that goes.
+// keptMemory is how many bytes of what was told stay in memory, at each of four places.
+const keptMemory = 1 << 20
+
+// Review collects what events tell. Its memory is bounded, however many there are: the rest is in temporary files.
 type Review struct {
 	guard Guard
-	seed  maphash.Seed
-	// events are those that have told something, by what makes them one: told twice, as by rotated files that overlap, they count once.
-	events     map[uint64]told
-	departures []departure
-	texts      interned
+	// events have told something. They are in the order of time; copies of one are beside each other, the fullest first.
+	events *sorter
+	memory int
 }
 
-// told is what one event has told.
+// told is what one event has told. That it has told nothing counts too: a copy of it that has less may leave something open.
 type told struct {
-	stage    string
-	removals []Removal
-	change   *Change
-	untold   Untold
+	Removals  []Removal  `json:",omitempty"`
+	Change    *Change    `json:",omitempty"`
+	Departure *departure `json:",omitempty"`
+	Untold    Untold     `json:",omitzero"`
+	// Of is what is known of the request that something is untold of.
+	Of Removal `json:",omitzero"`
 }
 
-// departure is a pod that has gone in another way than by force.
+// departure is a pod that has gone in another way than by force. Its UID is empty where the log does not have it.
 type departure struct {
-	// uid and name are hashes; uid is 0 where the log does not have it.
-	uid, name uint64
-	at        int64 // microseconds
-	by        int32
-	freed     bool
+	Time                     time.Time
+	UID, Namespace, Name, By string
+	How                      How
 }
 
-// New returns a review that has seen nothing.
-func New(guard Guard) *Review {
-	return &Review{guard: guard, seed: maphash.MakeSeed(), events: map[uint64]told{}}
+// New returns a review that has seen nothing. It is to be closed.
+func New(guard Guard) *Review { return newReview(guard, keptMemory) }
+
+func newReview(guard Guard, memory int) *Review {
+	return &Review{guard: guard, events: newSorter(memory), memory: memory}
 }
 
-// Add takes in an event, and returns the forced removals that it has told of and no event before.
-func (v *Review) Add(e *auditlog.Event) []Removal {
-	if d, ok := v.departureOf(e); ok {
-		v.departures = append(v.departures, d)
+// Close gives back memory and temporary files; a report that was made before is not touched by it.
+func (v *Review) Close() error { return v.events.Close() }
+
+// Add takes in an event. An error is one of the temporary files.
+func (v *Review) Add(e *auditlog.Event) error {
+	news, tells := v.guard.tells(e)
+	if !tells {
 		return nil
 	}
-	var news told
-	news.stage = e.Stage
-	news.removals = v.guard.removalsOf(e, &news.untold)
-	if change, ok := v.guard.changeOf(e); ok {
-		news.change = &change
+	value, err := json.Marshal(news)
+	if err != nil {
+		return err
 	}
-	for i := range news.removals {
-		v.intern(&news.removals[i])
-	}
-	if len(news.removals) == 0 && news.change == nil && news.untold == (Untold{}) {
-		return nil
-	}
-	// The audit ID alone does not do: a client may choose it (the header Audit-ID).
-	// The moment, not its words: who collects logs may have written it in another zone.
-	key := v.hash(e.AuditID, strconv.FormatInt(e.Received.UnixNano(), 10), e.User.Username, e.Verb, e.RequestURI)
-	before, known := v.events[key]
-	if known && (before.stage == auditlog.StageResponseComplete || before.stage == news.stage) {
-		return nil
-	}
-	v.events[key] = news
-	if known {
-		return nil
-	}
-	return news.removals
+	return v.events.add(append(eventKey(e), lacks(e)), value)
 }
 
-func (v *Review) hash(parts ...string) uint64 {
-	var h maphash.Hash
-	h.SetSeed(v.seed)
-	for _, part := range parts {
-		// It never fails.
-		_, _ = h.WriteString(part)
-		_ = h.WriteByte(0)
+// tells returns what an event tells by itself.
+func (g Guard) tells(e *auditlog.Event) (told, bool) {
+	if d, ok := g.departureOf(e); ok {
+		return told{Departure: &d}, true
 	}
-	return h.Sum64()
+	news := told{}
+	news.Removals = g.removalsOf(e, &news.Untold)
+	if change, ok := g.changeOf(e); ok {
+		news.Change = &change
+	}
+	path, ok := pathOf(e)
+	if news.Untold != (Untold{}) {
+		r := request{Event: e, guard: g, path: path}
+		news.Of = r.base()
+	}
+	removes := ok && path != pathUpdate
+	return news, removes || len(news.Removals) > 0 || news.Change != nil
+}
+
+// identitySize is that of what two copies of an event have in common, in bytes: a time, what comes first at that time, and a hash.
+const identitySize = 8 + 1 + 16
+
+// eventKey is the same for copies of one event, and sorts by time. The audit ID alone does not do: a client may choose it (the header
+// Audit-ID). What pods go by comes before pods: a change counts for a removal at the same time.
+func eventKey(e *auditlog.Event) []byte {
+	key := appendTime(make([]byte, 0, identitySize+1), e.Received)
+	class := byte(0)
+	if e.ObjectRef.Resource == "pods" {
+		class = 1
+	}
+	// Nobody may find another event with the same hash, to hide one behind it.
+	hash := sha256.Sum256([]byte(strings.Join([]string{e.AuditID, e.User.Username, e.Verb, e.RequestURI}, "\x00")))
+	return append(append(key, class), hash[:16]...)
+}
+
+// appendTime appends a moment so that a later one sorts after it; who collects logs may have written it in another zone.
+func appendTime(to []byte, t time.Time) []byte {
+	return binary.BigEndian.AppendUint64(to, uint64(t.UnixNano())^1<<63)
+}
+
+// lacks is the less, the more a copy of an event has. Backends may record one event at several levels, and cut off large ones.
+func lacks(e *auditlog.Event) byte {
+	var lacking byte
+	for _, there := range []bool{
+		e.Stage == auditlog.StageResponseComplete, len(e.Annotations) > 0, len(e.ResponseObject) > 0, len(e.RequestObject) > 0, e.ResponseStatus.Code != 0,
+	} {
+		lacking <<= 1
+		if !there {
+			lacking++
+		}
+	}
+	return lacking
 }
 
 // departureOf tells of a kubelet's last delete of a pod, and of a held pod that the guard has freed.
-func (v *Review) departureOf(e *auditlog.Event) (departure, bool) {
-	if !e.Succeeded() || e.ObjectRef.Resource != "pods" || strings.Contains(e.RequestURI, "dryRun=") {
+func (g Guard) departureOf(e *auditlog.Event) (departure, bool) {
+	if !e.Succeeded() || e.ObjectRef.Resource != "pods" || e.DryRun() {
 		return departure{}, false
 	}
-	freed := e.Verb == "patch" && strings.HasPrefix(e.Actor().Username, "system:serviceaccount:"+v.guard.Namespace+":")
+	freed := e.Verb == "patch" && strings.HasPrefix(e.Actor().Username, "system:serviceaccount:"+g.Namespace+":")
 	var body struct {
 		Preconditions struct{ UID string }
 		Metadata      struct {
@@ -112,89 +143,147 @@ func (v *Review) departureOf(e *auditlog.Event) (departure, bool) {
 	if len(e.RequestObject) > 0 && json.Unmarshal(e.RequestObject, &body) != nil {
 		return departure{}, false
 	}
-	uid := cmp.Or(body.Preconditions.UID, body.Metadata.UID)
 	if freed && !slices.Contains(body.Metadata.Delete, webhook.Finalizer) || !freed && (!ownKubelet(e) || e.ObjectRef.Subresource != "") {
 		return departure{}, false
 	}
-	return departure{uid: v.uidHash(uid), name: v.nameHash(e.ObjectRef.Namespace, e.ObjectRef.Name), at: e.Received.UnixMicro(), by: v.texts.index(e.Actor().Username), freed: freed}, true
+	d := departure{Time: e.Received, UID: cmp.Or(body.Preconditions.UID, body.Metadata.UID), Namespace: e.ObjectRef.Namespace, Name: e.ObjectRef.Name, By: e.Actor().Username, How: HowEnded}
+	if freed {
+		d.How = HowFreed
+	}
+	return d, true
 }
 
-func (v *Review) uidHash(uid string) uint64 {
-	if uid == "" {
-		return 0
+// Report puts together what was told so far and what a filter selects of it, the same whatever the order of the events. It is to be closed. An
+// error is one of the temporary files.
+func (v *Review) Report(f Filter) (*Report, error) {
+	r := newReport(f, v.memory)
+	err := v.report(r)
+	if err != nil {
+		return nil, errors.Join(err, r.Close())
 	}
-	return v.hash("uid", uid)
+	return r, nil
 }
 
-func (v *Review) nameHash(namespace, name string) uint64 { return v.hash("name", namespace, name) }
-
-// intern keeps once what many removals have.
-func (v *Review) intern(r *Removal) {
-	for _, text := range []*string{&r.User, &r.ImpersonatedBy, &r.UserAgent, &r.Namespace, &r.Node, &r.Mode, &r.Path, &r.Verdict, &r.Reason} {
-		*text = v.texts.texts[v.texts.index(*text)]
-	}
-	for i := range r.SourceIPs {
-		r.SourceIPs[i] = v.texts.texts[v.texts.index(r.SourceIPs[i])]
-	}
-}
-
-// interned numbers texts.
-type interned struct {
-	texts   []string
-	numbers map[string]int32
-}
-
-func (i *interned) index(text string) int32 {
-	if n, ok := i.numbers[text]; ok {
-		return n
-	}
-	if i.numbers == nil {
-		i.numbers = map[string]int32{}
-	}
-	n := int32(len(i.texts)) //nolint:gosec // as many users, nodes and namespaces as a cluster has
-	i.texts, i.numbers[text] = append(i.texts, text), n
-	return n
-}
-
-// Report puts together what was told so far, the same whatever the order of the events.
-func (v *Review) Report() Report {
-	r := Report{Removals: []Removal{}, Changes: []Change{}}
-	for _, t := range v.events {
-		r.Removals = append(r.Removals, t.removals...)
-		if t.change != nil {
-			r.Changes = append(r.Changes, *t.change)
+func (v *Review) report(r *Report) error {
+	t := traces{newSorter(v.memory)}
+	defer t.Close()
+	explain := newExplainer(v.guard)
+	last := map[string]string{}
+	var before []byte
+	for event, err := range v.events.all() {
+		if err != nil {
+			return err
 		}
-		r.Untold.add(t.untold)
-	}
-	slices.SortFunc(r.Removals, func(a, b Removal) int {
-		return cmp.Or(a.Time.Compare(b.Time), cmp.Compare(a.AuditID, b.AuditID), cmp.Compare(a.Namespace, b.Namespace), cmp.Compare(a.Pod, b.Pod), cmp.Compare(a.UID, b.UID))
-	})
-	slices.SortFunc(r.Changes, byTime)
-	r.Changes = withoutRepetitions(r.Changes)
-	explain(r.Removals, r.Changes, v.guard)
-	v.follow(r.Removals, r.Changes)
-	return r
-}
-
-// Explained says of a removal that has just come why it has slipped past, if it has, from the changes that were told before.
-func (v *Review) Explained(r Removal) Removal {
-	if r.Decision != SlippedPast {
-		return r
-	}
-	var changes []Change
-	for _, t := range v.events {
-		if t.change != nil {
-			changes = append(changes, *t.change)
+		identity := event.key[:identitySize]
+		if slices.Equal(identity, before) {
+			continue
+		}
+		before = append(before[:0], identity...)
+		var news told
+		if err := json.Unmarshal(event.value, &news); err != nil {
+			return err
+		}
+		if c := news.Change; c != nil {
+			explain.change(*c)
+			if err := errors.Join(t.change(*c), r.change(*c, last)); err != nil {
+				return err
+			}
+		}
+		if d := news.Departure; d != nil {
+			if err := t.departure(*d); err != nil {
+				return err
+			}
+		}
+		r.leaveOpen(news)
+		for _, row := range news.Removals {
+			explain.removal(&row)
+			selected, err := r.removal(row)
+			if err == nil {
+				err = t.removal(row, selected, r.Count-1)
+			}
+			if err != nil {
+				return err
+			}
 		}
 	}
-	slices.SortFunc(changes, byTime)
-	one := []Removal{r}
-	explain(one, changes, v.guard)
-	return one[0]
+	r.total()
+	return t.follow(r)
 }
 
-func byTime(a, b Change) int {
-	return cmp.Or(a.Time.Compare(b.Time), cmp.Compare(a.AuditID, b.AuditID))
+// explainer knows what was changed so far, and says why a removal has slipped past.
+type explainer struct {
+	guard   Guard
+	modes   map[string]string
+	deleted bool
+}
+
+func newExplainer(guard Guard) *explainer {
+	return &explainer{guard: guard, modes: map[string]string{}}
+}
+
+func (x *explainer) change(c Change) {
+	switch {
+	case c.Kind == ChangeMode:
+		x.modes[c.Namespace] = c.Value
+	case c.Kind == ChangeConfiguration && c.Object == x.guard.configuration():
+		x.deleted = c.Verb == "delete"
+	case c.Kind == ChangeConfiguration && c.Object == allConfigurations:
+		x.deleted = true
+	}
+}
+
+func (x *explainer) removal(r *Removal) {
+	if r.Mode == "" && r.Inferred {
+		r.Mode = x.modes[r.Namespace]
+	}
+	if r.Decision != SlippedPast || r.Reason != ReasonNoTrace {
+		return
+	}
+	switch {
+	case r.Mode == string(webhook.ModeOff):
+		r.Reason = string(webhook.ReasonModeOff)
+	case x.deleted:
+		r.Reason = ReasonConfigurationDeleted
+	}
+}
+
+// rememberedEvents is how many events a Live review knows again. Copies of one stand close together in a log.
+const rememberedEvents = 1 << 16
+
+// Live tells removals as they come, each once.
+type Live struct {
+	explain *explainer
+	known   map[string]bool
+	// order is that in which the known ones came, a ring.
+	order []string
+	next  int
+}
+
+// NewLive returns a review of a log that is still written.
+func NewLive(guard Guard) *Live {
+	return &Live{explain: newExplainer(guard), known: map[string]bool{}, order: make([]string, rememberedEvents)}
+}
+
+// Add takes in an event, and returns the forced removals that it has told of and no event before.
+func (l *Live) Add(e *auditlog.Event) []Removal {
+	news, _ := l.explain.guard.tells(e)
+	if len(news.Removals) == 0 && news.Change == nil {
+		return nil
+	}
+	key := string(eventKey(e))
+	if l.known[key] {
+		return nil
+	}
+	delete(l.known, l.order[l.next])
+	l.known[key], l.order[l.next] = true, key
+	l.next = (l.next + 1) % len(l.order)
+	if news.Change != nil {
+		l.explain.change(*news.Change)
+	}
+	for i := range news.Removals {
+		l.explain.removal(&news.Removals[i])
+	}
+	return news.Removals
 }
 
 func (u *Untold) add(other Untold) {
@@ -202,130 +291,10 @@ func (u *Untold) add(other Untold) {
 	u.Evictions += other.Evictions
 	u.Collections += other.Collections
 	u.Records += other.Records
+	u.Unmatched += other.Unmatched
 }
 
-// withoutRepetitions leaves out updates that set what was set already: an update has the whole object, whatever it changes.
-func withoutRepetitions(changes []Change) []Change {
-	last := map[string]string{}
-	return slices.DeleteFunc(changes, func(c Change) bool {
-		key := string(c.Kind) + " " + c.Object
-		before, known := last[key]
-		last[key] = c.value
-		return known && c.verb == "update" && c.value != "" && c.value == before
-	})
-}
-
-// explain says why a removal has slipped past, from the changes before it.
-func explain(removals []Removal, changes []Change, guard Guard) {
-	modes, deleted := map[string]string{}, false
-	for i := range removals {
-		r := &removals[i]
-		for len(changes) > 0 && !changes[0].Time.After(r.Time) {
-			switch c := changes[0]; {
-			case c.Kind == ChangeMode:
-				modes[c.Namespace] = c.value
-			case c.Kind == ChangeConfiguration && c.Object == "validatingwebhookconfiguration "+guard.Release:
-				deleted = c.verb == "delete"
-			}
-			changes = changes[1:]
-		}
-		if r.Mode == "" && r.Inferred {
-			r.Mode = modes[r.Namespace]
-		}
-		if r.Decision != SlippedPast || r.Reason != ReasonNoTrace {
-			continue
-		}
-		switch {
-		case r.Mode == string(webhook.ModeOff):
-			r.Reason = string(webhook.ReasonModeOff)
-		case deleted:
-			r.Reason = ReasonConfigurationDeleted
-		}
-	}
-}
-
-// stays says whether the removal left the pod where it was, at least for a while.
-func (r *Removal) stays() bool {
-	return r.Decision == Decision(webhook.Denied) || r.Decision == Unanswered || r.Decision == Decision(webhook.Held) ||
-		// A collection delete that fails does so at one pod; those before it are gone.
-		r.Code >= 300 && r.Path != string(webhook.PathCollection)
-}
-
-// Gone says whether the removal took the pod away at once, or its address.
-func (r *Removal) Gone() bool { return !r.stays() }
-
-// follow finds out what became of pods that stayed.
-func (v *Review) follow(removals []Removal, changes []Change) {
-	byUID, byName := map[uint64][]departure{}, map[uint64][]departure{}
-	wanted := map[uint64]bool{}
-	for _, r := range removals {
-		if r.stays() {
-			wanted[v.uidHash(r.UID)], wanted[v.nameHash(r.Namespace, r.Pod)] = true, true
-		}
-	}
-	delete(wanted, 0)
-	put := func(d departure) {
-		if wanted[d.uid] {
-			byUID[d.uid] = append(byUID[d.uid], d)
-		}
-		if wanted[d.name] {
-			byName[d.name] = append(byName[d.name], d)
-		}
-	}
-	for _, d := range v.departures {
-		put(d)
-	}
-	forced := map[departure]Decision{}
-	for _, r := range removals {
-		if !r.stays() && r.Path != string(webhook.PathIgnoreLabel) {
-			d := departure{uid: v.uidHash(r.UID), name: v.nameHash(r.Namespace, r.Pod), at: r.Time.UnixMicro(), by: v.texts.index(r.User)}
-			forced[d] = r.Decision
-			put(d)
-		}
-	}
-	for i := range removals {
-		r := &removals[i]
-		if !r.stays() {
-			continue
-		}
-		uid := v.uidHash(r.UID)
-		at := r.Time.UnixMicro()
-		first, ok := departure{}, false
-		// A kubelet's last delete of a held pod does not take the object away.
-		held := r.Decision == Decision(webhook.Held)
-		consider := func(d departure) {
-			if d.at > at && (!ok || d.at < first.at) && (!held || d.freed || forced[d] != "") {
-				first, ok = d, true
-			}
-		}
-		for _, d := range byUID[uid] {
-			if uid != 0 {
-				consider(d)
-			}
-		}
-		sameName := false
-		if !ok {
-			for _, d := range byName[v.nameHash(r.Namespace, r.Pod)] {
-				if uid == 0 || d.uid == 0 {
-					consider(d)
-				}
-			}
-			sameName = ok
-		}
-		if !ok {
-			continue
-		}
-		r.Then = &Then{Time: time.UnixMicro(first.at).UTC(), After: float64(first.at-at) / 1e6, By: v.texts.texts[first.by], How: HowEnded, ByName: sameName}
-		switch {
-		case first.freed:
-			r.Then.How = HowFreed
-		case forced[first] != "":
-			r.Then.How, r.Then.Decision = HowForced, forced[first]
-		}
-		for _, c := range changes {
-			if c.Kind == ChangeOverride && c.Object == "pod "+r.Namespace+"/"+r.Pod && c.Time.After(r.Time) && !c.Time.After(r.Then.Time) {
-				r.Then.Override = c.value
-			}
-		}
-	}
+// appendNumber appends a number so that a larger one sorts after it.
+func appendNumber(to []byte, n int64) []byte {
+	return binary.BigEndian.AppendUint64(to, uint64(n)) //nolint:gosec // counts
 }

@@ -3,10 +3,12 @@ package review
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
 	"os"
+	"path/filepath"
 	"reflect"
 	"slices"
 	"strings"
@@ -41,21 +43,83 @@ func recorded(t testing.TB, name string) []string {
 	return slices.Collect(strings.Lines(string(text)))
 }
 
-// reviewed reads logs, each a file, and reports.
-func reviewed(t testing.TB, logs ...[]string) Report {
+// reported is a report, read back.
+type reported struct {
+	Removals []Removal
+	Changes  []Change
+	Untold   Untold
+	Totals   Totals
+}
+
+// report has the review report what a filter selects.
+func report(t testing.TB, review *Review, filter Filter) reported {
 	t.Helper()
-	review := New(guard)
-	for _, log := range logs {
-		sources, err := auditlog.Sources(nil, strings.NewReader(strings.Join(log, "")))
+	found, err := review.Report(filter)
+	if err != nil {
+		t.Fatal(err)
+	}
+	all := reported{Untold: found.Untold, Totals: found.Totals}
+	for r, err := range found.Removals() {
 		if err != nil {
 			t.Fatal(err)
 		}
-		reader := &auditlog.Reader{Selection: auditlog.Selection{GuardNamespace: guard.Namespace}, Each: func(e *auditlog.Event) { review.Add(e) }, Strict: true}
-		if _, err := reader.Read(t.Context(), sources); err != nil {
+		all.Removals = append(all.Removals, r)
+	}
+	for c, err := range found.Changes() {
+		if err != nil {
+			t.Fatal(err)
+		}
+		all.Changes = append(all.Changes, c)
+	}
+	if err := found.Close(); err != nil || int(found.Count) != len(all.Removals) {
+		t.Errorf("%d removals, %d counted, %v", len(all.Removals), found.Count, err)
+	}
+	return all
+}
+
+// reportOf is the report of events.
+func reportOf(t testing.TB, events ...*auditlog.Event) reported {
+	t.Helper()
+	review := New(guard)
+	for _, e := range events {
+		if err := review.Add(e); err != nil {
 			t.Fatal(err)
 		}
 	}
-	return review.Report()
+	all := report(t, review, Filter{})
+	if err := review.Close(); err != nil {
+		t.Error(err)
+	}
+	return all
+}
+
+// reviewed reads logs, each a file, as many at a time as there are processors, and reports.
+func reviewed(t testing.TB, logs ...[]string) reported {
+	t.Helper()
+	return reviewedBy(t, New(guard), logs...)
+}
+
+func reviewedBy(t testing.TB, review *Review, logs ...[]string) reported {
+	t.Helper()
+	dir := t.TempDir()
+	var names []string
+	for i, log := range logs {
+		names = append(names, filepath.Join(dir, fmt.Sprintf("audit-%d.log", i)))
+		if err := os.WriteFile(names[i], []byte(strings.Join(log, "")), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	sources, err := auditlog.Sources(names, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var failed error
+	reader := &auditlog.Reader{Selection: auditlog.Selection{GuardNamespace: guard.Namespace}, Each: func(e *auditlog.Event) { failed = errors.Join(failed, review.Add(e)) }, Strict: true}
+	if _, err := reader.Read(t.Context(), sources); err != nil || failed != nil {
+		t.Fatal(err, failed)
+	}
+	defer review.Close()
+	return report(t, review, Filter{})
 }
 
 // rows are removals as the end-to-end test notes them.
@@ -72,9 +136,9 @@ func TestARecordedLogTellsWhatWasDone(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	report := reviewed(t, recorded(t, "every-way"))
+	found := reviewed(t, recorded(t, "every-way"))
 	want := strings.Split(strings.TrimSpace(string(did)), "\n")
-	got := rows(report.Removals)
+	got := rows(found.Removals)
 	for i := range max(len(want), len(got)) {
 		if i >= len(want) || i >= len(got) || want[i] != got[i] {
 			t.Fatalf("row %d is not as it was done:\n%s\nnot\n%s", i, strings.Join(got, "\n"), strings.Join(want, "\n"))
@@ -84,15 +148,15 @@ func TestARecordedLogTellsWhatWasDone(t *testing.T) {
 	for _, row := range want {
 		counted[strings.Fields(row)[3]]++
 	}
-	for _, count := range report.Totals().Decisions {
+	for _, count := range found.Totals.Decisions {
 		if counted[count.Name] != count.Count {
 			t.Errorf("%d removals are %s, and %d were made", count.Count, count.Name, counted[count.Name])
 		}
 	}
-	if report.Untold != (Untold{}) {
-		t.Errorf("the policy that the log was recorded with leaves something untold: %+v", report.Untold)
+	if found.Untold != (Untold{}) {
+		t.Errorf("the policy that the log was recorded with leaves something untold: %+v", found.Untold)
 	}
-	for _, r := range report.Removals {
+	for _, r := range found.Removals {
 		if missing := r.Node == "" || len(r.Addresses) == 0 || r.UID == ""; missing != (r.Decision == Unanswered) {
 			t.Errorf("node %q, addresses %v, UID %q: %s", r.Node, r.Addresses, r.UID, rows([]Removal{r})[0])
 		}
@@ -197,7 +261,7 @@ func TestNothingThatMattersIsLeftOut(t *testing.T) {
 }
 
 // withoutThen is a report without what needs the whole log: what became of pods, and why something slipped past.
-func withoutThen(r Report) Report {
+func withoutThen(r reported) reported {
 	for i := range r.Removals {
 		row := &r.Removals[i]
 		row.Then = nil
@@ -211,7 +275,7 @@ func withoutThen(r Report) Report {
 	return r
 }
 
-func same(t *testing.T, what string, got, want Report) {
+func same(t *testing.T, what string, got, want reported) {
 	t.Helper()
 	if len(want.Removals) == 0 || !reflect.DeepEqual(got, want) {
 		t.Fatalf("%s: %d removals and %d changes, not the same %d and %d", what, len(got.Removals), len(got.Changes), len(want.Removals), len(want.Changes))
@@ -246,6 +310,14 @@ func TestPropertiesOfReports(t *testing.T) {
 		random.Shuffle(len(shuffled), func(i, j int) { shuffled[i], shuffled[j] = shuffled[j], shuffled[i] })
 		same(t, "shuffled lines", reviewed(t, shuffled), whole)
 	}
+}
+
+// Whatever fits into memory, the report is the same.
+func TestAReportThatDoesNotFitIntoMemory(t *testing.T) {
+	log := recorded(t, "scenarios")
+	review := newReview(guard, 1<<10)
+	got := reviewedBy(t, review, log)
+	same(t, "with hardly any memory", got, reviewed(t, log))
 }
 
 // The stages of one request are one row, in any order; a panic counts only where nothing else tells how the request ended.
