@@ -150,7 +150,7 @@ func TestFailingOpen(t *testing.T) {
 	}
 }
 
-// load is a number of callers that delete a bound pod by force, again and again.
+// load is a number of callers that ask the API server for the same, again and again.
 type load struct {
 	stop    context.CancelFunc
 	callers sync.WaitGroup
@@ -162,25 +162,36 @@ type load struct {
 // startLoad starts callers. Their deletes are dry runs, which the guard judges like others and which leave no trace on the pod.
 // Each must be refused after a look at the node, or, with orUnknown, after a try.
 func startLoad(t *testing.T, namespace, name string, orUnknown bool) *load {
+	options := metav1.DeleteOptions{GracePeriodSeconds: new(int64(0)), DryRun: []string{metav1.DryRunAll}}
+	return startCalls(t, 4, func(ctx context.Context) error {
+		err := cluster.CoreV1().Pods(namespace).Delete(ctx, name, options)
+		switch {
+		case err == nil:
+			return errors.New("it was let through")
+		case strings.Contains(err.Error(), "denied the request: pod "):
+		case orUnknown && strings.Contains(err.Error(), "denied the request: cannot tell whether pod "):
+		default:
+			return err
+		}
+		return nil
+	})
+}
+
+// startCalls starts callers that call again and again, until end. An error is what has gone wrong with a call.
+func startCalls(t *testing.T, callers int, call func(context.Context) error) *load {
 	ctx, cancel := context.WithCancel(t.Context())
 	l := &load{stop: cancel}
 	t.Cleanup(func() { l.end() })
-	options := metav1.DeleteOptions{GracePeriodSeconds: new(int64(0)), DryRun: []string{metav1.DryRunAll}}
-	for range 4 {
+	for range callers {
 		l.callers.Go(func() {
 			for ctx.Err() == nil {
-				err := cluster.CoreV1().Pods(namespace).Delete(ctx, name, options)
+				err := call(ctx)
 				if ctx.Err() != nil {
 					return
 				}
 				l.mu.Lock()
 				l.calls++
-				switch {
-				case err == nil:
-					l.failed = append(l.failed, errors.New("it was let through"))
-				case strings.Contains(err.Error(), "denied the request: pod "):
-				case orUnknown && strings.Contains(err.Error(), "denied the request: cannot tell whether pod "):
-				default:
+				if err != nil {
 					l.failed = append(l.failed, err)
 				}
 				l.mu.Unlock()

@@ -25,8 +25,9 @@ func helm(ctx context.Context, args ...string) (string, error) {
 	return string(out), err
 }
 
-// reinstalled installs the guard again, with the values it had, at the end of a test that uninstalls it.
-func reinstalled(t *testing.T) {
+// reinstalled installs the guard again, with the values it had, at the end of a test that uninstalls it. It returns the file that
+// has those values.
+func reinstalled(t *testing.T) string {
 	t.Helper()
 	values, err := helm(t.Context(), "get", "values", "eni-guard", "--output", "json")
 	if err != nil {
@@ -47,6 +48,7 @@ func reinstalled(t *testing.T) {
 		}
 		restored(t)
 	})
+	return file
 }
 
 // guardObjects names everything in the cluster that belongs to the guard, except its namespace.
@@ -61,7 +63,7 @@ func guardObjects(t *testing.T) string {
 
 // Nothing would ever free the pods that the guard holds once it is gone. So it frees them first, or stays.
 func TestUninstall(t *testing.T) {
-	reinstalled(t)
+	values := reinstalled(t)
 	wentThrough(t, taintNodes(t.Context(), true))
 	restored(t)
 	ns := moded(t, "hold")
@@ -143,6 +145,9 @@ func TestUninstall(t *testing.T) {
 		}
 		return nil
 	}))
+
+	// No other test can have the cluster without the guard.
+	t.Run("a release of the previous chart is upgraded and rolled back without a gap", func(t *testing.T) { fromThePreviousChart(t, values) })
 }
 
 // refuseTheGuard lets nobody but the guard change the pods of a namespace, until the end of the test: the other way round.
