@@ -9,6 +9,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"k8s.io/apimachinery/pkg/util/yaml"
 )
 
 // documents returns the Markdown of the repository, by its path.
@@ -97,5 +99,82 @@ func TestTheAuditPolicyIsTheTestClusters(t *testing.T) {
 	_, policy, found := strings.Cut(string(manifest), "\napiVersion:")
 	if !found || !strings.Contains(documents(t)["docs/audit.md"], "```yaml\napiVersion:"+policy+"```") {
 		t.Error("docs/audit.md does not have the audit policy of hack/cluster/manifests/audit-policy.yaml")
+	}
+}
+
+// A `make` in a document names a target, and variables, that the Makefile has.
+func TestTheTargetsInTheDocuments(t *testing.T) {
+	makefile, err := os.ReadFile("Makefile")
+	if err != nil {
+		t.Fatal(err)
+	}
+	// In prose, something may make something else: so only what is shown as code.
+	block := regexp.MustCompile("(?ms)^ *```[a-z]*\n(.*?)```")
+	command := regexp.MustCompile("(?m)(?:`|^ *)make ([a-z0-9-]+)((?: [A-Z_]+=[^ `\n]+)*)")
+	prose := regexp.MustCompile("(?m)^ *make ")
+	found := 0
+	for path, content := range documents(t) {
+		code := prose.ReplaceAllString(block.ReplaceAllString(content, ""), "")
+		for _, match := range block.FindAllStringSubmatch(content, -1) {
+			code += "\n" + match[1]
+		}
+		for _, match := range command.FindAllStringSubmatch(code, -1) {
+			found++
+			if !regexp.MustCompile("(?m)^" + match[1] + ":").Match(makefile) {
+				t.Errorf("%s: the Makefile has no target %s", path, match[1])
+			}
+			for variable := range strings.FieldsSeq(match[2]) {
+				name, _, _ := strings.Cut(variable, "=")
+				if !regexp.MustCompile("(?m)^" + name + ` *\?=`).Match(makefile) {
+					t.Errorf("%s: the Makefile has no variable %s to set", path, name)
+				}
+			}
+		}
+	}
+	if found < 20 {
+		t.Errorf("only %d targets were found; or this test cannot find them any more", found)
+	}
+}
+
+// What a document names as a value of the chart, or sets, is one.
+func TestTheValuesInTheDocuments(t *testing.T) {
+	content, err := os.ReadFile("charts/eni-guard/values.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var values map[string]any
+	if err := yaml.Unmarshal(content, &values); err != nil {
+		t.Fatal(err)
+	}
+	has := func(path string) bool {
+		var at any = values
+		for key := range strings.SplitSeq(path, ".") {
+			below, is := at.(map[string]any)
+			if at, is = below[key]; !is {
+				return false
+			}
+		}
+		return true
+	}
+	set := regexp.MustCompile(`--set(?:-string)?[ =]([A-Za-z.]+)=`)
+	named := regexp.MustCompile("`([a-zA-Z]+(?:\\.[a-zA-Z]+)+)(?:[:=] ?[^`]*)?`")
+	found := 0
+	for path, content := range documents(t) {
+		names := set.FindAllStringSubmatch(content, -1)
+		for _, match := range named.FindAllStringSubmatch(content, -1) {
+			// Files and fields of others have dots too.
+			if top, below, _ := strings.Cut(match[1], "."); has(top) && below != "go" && below != "json" {
+				names = append(names, match)
+			}
+		}
+		for _, match := range names {
+			found++
+			if !has(match[1]) {
+				t.Errorf("%s: the chart has no value %s", path, match[1])
+			}
+		}
+	}
+	if found < 70 {
+		t.Errorf("only %d values were found; or this test cannot find them any more", found)
 	}
 }
