@@ -1,6 +1,7 @@
 package main
 
 import (
+	"fmt"
 	"maps"
 	"os"
 	"path/filepath"
@@ -62,41 +63,56 @@ func field[T any](t *testing.T, object *unstructured.Unstructured, path ...strin
 
 // A wrong value is refused with its path, and with what is wrong with it.
 func TestWrongValuesAreRefused(t *testing.T) {
+	long := strings.Repeat("a", 64)
 	for text, want := range map[string]string{
-		"webhok: {replicaCount: 3}":                             "additional properties 'webhok' not allowed",
-		"webhook: {replicas: 3}":                                "at '/webhook': additional properties 'replicas' not allowed",
-		"webhook: null":                                         "missing property 'webhook'",
-		"webhook: {replicaCount: null}":                         "at '/webhook': missing property 'replicaCount'",
-		"webhook: {replicaCount: 0}":                            "at '/webhook/replicaCount'",
-		"webhook: {replicaCount: '2'}":                          "at '/webhook/replicaCount': got string, want integer",
-		"webhook: {timeoutSeconds: 31}":                         "at '/webhook/timeoutSeconds'",
-		"webhook: {timeoutSeconds: 6}":                          "webhook.timeoutSeconds (6) must be at least 2 above webhook.agentTimeoutSeconds (5)",
-		"webhook: {failurePolicy: fail}":                        "at '/webhook/failurePolicy'",
-		"webhook: {podDisruptionBudget: {maxUnavailable: 0}}":   "at '/webhook/podDisruptionBudget/maxUnavailable'",
-		"webhook: {podDisruptionBudget: {maxUnavailable: 0%}}":  "at '/webhook/podDisruptionBudget/maxUnavailable'",
-		"webhook: {topologySpreadConstraints: [{maxSkew: 1}]}":  "at '/webhook/topologySpreadConstraints/0': missing properties",
-		"webhook: {resources: {requests: {memory: 64MB}}}":      "at '/webhook/resources/requests/memory'",
-		"webhook: {tolerations: [{keys: a}]}":                   "at '/webhook/tolerations/0': additional properties 'keys' not allowed",
-		"webhook: {affinity: {podAffinty: {}}}":                 "at '/webhook/affinity': additional properties 'podAffinty' not allowed",
-		"webhook: {podAnnotations: {a: 1}}":                     "at '/webhook/podAnnotations/a': got number, want string",
-		"webhook: {networkPolicy: {reviewsFrom: [10.0.0.0/8]}}": "at '/webhook/networkPolicy/reviewsFrom/0': got string, want object",
-		"agent: {port: 0}":                                      "at '/agent/port'",
-		"agent: {metricsPort: 9807}":                            "agent.port (9807), agent.healthPort (9808) and agent.metricsPort (9807) must differ",
-		"agent: {criSocket: run/containerd.sock}":               "at '/agent/criSocket'",
-		"agent: {criSocket: /containerd.sock}":                  "at '/agent/criSocket'",
-		"agent: {leftoverGraceSeconds: 0}":                      "at '/agent/leftoverGraceSeconds'",
-		"mode: warn":                                            "at '/mode'",
-		"excludedNodes: type=virtual-kubelet":                   "at '/excludedNodes': got string, want array",
-		"excludedNodes: [type=a, b c]":                          `excludedNodes[1]: "b c" is not a label selector`,
-		"exemptNamespaces: ['kube-*']":                          "at '/exemptNamespaces/0'",
-		"image: {repository: 'Registry/eni-guard'}":             "at '/image/repository'",
-		"image: {tag: 'a b'}":                                   "at '/image/tag'",
-		"image: {digest: 'sha256:12'}":                          "at '/image/digest'",
-		"imagePullSecrets: [registry]":                          "at '/imagePullSecrets/0': got string, want object",
-		"commonLabels: {app.kubernetes.io/name: x}":             "at '/commonLabels/app.kubernetes.io~1name'",
-		"webhook: {podLabels: {'a b': x}}":                      "at '/webhook/podLabels': additional properties 'a b' not allowed",
-		"prometheus: {podMonitor: {interval: 30}}":              "at '/prometheus/podMonitor/interval': got number, want string",
-		"grafana: {dashboard: {label: {}}}":                     "at '/grafana/dashboard': additional properties 'label' not allowed",
+		"webhok: {replicaCount: 3}":                                    "additional properties 'webhok' not allowed",
+		"webhook: {replicas: 3}":                                       "at '/webhook': additional properties 'replicas' not allowed",
+		"webhook: null":                                                "missing property 'webhook'",
+		"webhook: {replicaCount: null}":                                "at '/webhook': missing property 'replicaCount'",
+		"webhook: {replicaCount: 0}":                                   "at '/webhook/replicaCount'",
+		"webhook: {replicaCount: '2'}":                                 "at '/webhook/replicaCount': got string, want integer",
+		"webhook: {timeoutSeconds: 31}":                                "at '/webhook/timeoutSeconds'",
+		"webhook: {timeoutSeconds: 6}":                                 "webhook.timeoutSeconds (6) must be at least 2 above webhook.agentTimeoutSeconds (5)",
+		"webhook: {failurePolicy: fail}":                               "at '/webhook/failurePolicy'",
+		"webhook: {podDisruptionBudget: {maxUnavailable: 0}}":          "at '/webhook/podDisruptionBudget/maxUnavailable'",
+		"webhook: {podDisruptionBudget: {maxUnavailable: 0%}}":         "at '/webhook/podDisruptionBudget/maxUnavailable'",
+		"webhook: {topologySpreadConstraints: [{maxSkew: 1}]}":         "at '/webhook/topologySpreadConstraints/0': missing properties",
+		"webhook: {resources: {requests: {memory: 64MB}}}":             "at '/webhook/resources/requests/memory'",
+		"webhook: {tolerations: [{keys: a}]}":                          "at '/webhook/tolerations/0': additional properties 'keys' not allowed",
+		"webhook: {affinity: {podAffinty: {}}}":                        "at '/webhook/affinity': additional properties 'podAffinty' not allowed",
+		"webhook: {podAnnotations: {a: 1}}":                            "at '/webhook/podAnnotations/a': got number, want string",
+		"webhook: {networkPolicy: {reviewsFrom: [10.0.0.0/8]}}":        "at '/webhook/networkPolicy/reviewsFrom/0': got string, want object",
+		"agent: {port: 0}":                                             "at '/agent/port'",
+		"agent: {metricsPort: 9807}":                                   "agent.port (9807), agent.healthPort (9808) and agent.metricsPort (9807) must differ",
+		"agent: {criSocket: run/containerd.sock}":                      "at '/agent/criSocket'",
+		"agent: {criSocket: /containerd.sock}":                         "at '/agent/criSocket'",
+		"agent: {leftoverGraceSeconds: 0}":                             "at '/agent/leftoverGraceSeconds'",
+		"mode: warn":                                                   "at '/mode'",
+		"excludedNodes: type=virtual-kubelet":                          "at '/excludedNodes': got string, want array",
+		"excludedNodes: [type=a, b c]":                                 `excludedNodes[1]: "b c" is not a label selector`,
+		"exemptNamespaces: ['kube-*']":                                 "at '/exemptNamespaces/0'",
+		"image: {repository: 'Registry/eni-guard'}":                    "at '/image/repository'",
+		"image: {tag: 'a b'}":                                          "at '/image/tag'",
+		"image: {digest: 'sha256:12'}":                                 "at '/image/digest'",
+		"imagePullSecrets: [registry]":                                 "at '/imagePullSecrets/0': got string, want object",
+		"commonLabels: {app.kubernetes.io/name: x}":                    "at '/commonLabels/app.kubernetes.io~1name'",
+		"webhook: {podLabels: {'a b': x}}":                             "at '/webhook/podLabels': additional properties 'a b' not allowed",
+		"webhook: {podLabels: {a/b/c: x}}":                             "at '/webhook/podLabels': additional properties 'a/b/c' not allowed",
+		"webhook: {podLabels: {eni-guard.io/mode: x}}":                 "at '/webhook/podLabels/eni-guard.io~1mode'",
+		"agent: {podLabels: {a: 'b c'}}":                               "at '/agent/podLabels/a': 'b c' does not match pattern",
+		"agent: {podLabels: {a: -b}}":                                  "at '/agent/podLabels/a': '-b' does not match pattern",
+		"agent: {podAnnotations: {'a b': x}}":                          "at '/agent/podAnnotations': additional properties 'a b' not allowed",
+		"agent: {nodeSelector: {'a=b': x}}":                            "at '/agent/nodeSelector': additional properties 'a=b' not allowed",
+		"commonLabels: {team: " + long + "}":                           "at '/commonLabels/team': maxLength: got 64, want 63",
+		"commonLabels: {" + long + ": team}":                           "at '/commonLabels': additional properties '" + long + "' not allowed",
+		"grafana: {dashboard: {annotations: {/folder: x}}}":            "at '/grafana/dashboard/annotations': additional properties '/folder' not allowed",
+		"prometheus: {rule: {labels: {release: 'a b'}}}":               "at '/prometheus/rule/labels/release': 'a b' does not match pattern",
+		"webhook: {resources: {requests: {memory: 256Mi}}}":            "webhook.resources.requests.memory (256Mi) must not be above webhook.resources.limits.memory (192Mi)",
+		"agent: {resources: {limits: {memory: 32000k}}}":               "agent.resources.requests.memory (40Mi) must not be above agent.resources.limits.memory (32000k)",
+		"agent: {resources: {limits: {cpu: 19m}}}":                     "agent.resources.requests.cpu (20m) must not be above agent.resources.limits.cpu (19m)",
+		"agent: {resources: {requests: {cpu: 1}, limits: {cpu: 0.5}}}": "agent.resources.requests.cpu (1) must not be above agent.resources.limits.cpu (0.5)",
+		"prometheus: {podMonitor: {interval: 30}}":                     "at '/prometheus/podMonitor/interval': got number, want string",
+		"grafana: {dashboard: {label: {}}}":                            "at '/grafana/dashboard': additional properties 'label' not allowed",
 	} {
 		t.Run(text, func(t *testing.T) {
 			_, err := render(repo, cluster{version: newest}, values(t, text))
@@ -104,6 +120,32 @@ func TestWrongValuesAreRefused(t *testing.T) {
 				t.Errorf("%v\nwant %q", err, want)
 			}
 		})
+	}
+}
+
+// What is right at the edge is taken.
+func TestValuesAtTheEdgeAreTaken(t *testing.T) {
+	long := strings.Repeat("a", 63)
+	for _, text := range []string{
+		"commonLabels: {" + long + ": " + long + ", example.com/team: '', a.b-c/D_e.F: 1.0-rc_1}",
+		"webhook: {podAnnotations: {example.com/Why: 'any text: ä'}}",
+		"agent: {resources: {requests: {cpu: 1000m}, limits: {cpu: 1}}}",
+		"agent: {resources: {requests: {memory: 1Gi}, limits: {memory: 1024Mi}}}",
+		"webhook: {resources: {requests: null}}",
+		"webhook: {resources: {limits: null, requests: {cpu: 2}}}",
+	} {
+		if _, err := render(repo, cluster{version: newest}, values(t, text)); err != nil {
+			t.Errorf("%s: %v", text, err)
+		}
+	}
+}
+
+// The calls of one removal reach the replica that has decided, which remembers it for two seconds, and others later.
+func TestCallsOfOneRemovalReachOneReplica(t *testing.T) {
+	service := objects(t, cluster{version: newest}, nil)["Service eni-guard-webhook"]
+	seconds := field[any](t, service, "spec", "sessionAffinityConfig", "clientIP", "timeoutSeconds")
+	if affinity := field[string](t, service, "spec", "sessionAffinity"); affinity != "ClientIP" || fmt.Sprint(seconds) != "10" {
+		t.Errorf("the session affinity is %s for %v seconds", affinity, seconds)
 	}
 }
 

@@ -57,3 +57,15 @@ Fails, naming the value that asks for it, where the cluster lacks a kind of obje
 {{- fail (printf "%s is true, but this cluster has no %s: install %s first, or set it to false. (`helm template` asks no cluster: tell it with --api-versions %s)" .value .api .from .api) -}}
 {{- end -}}
 {{- end -}}
+
+{{- /*
+A quantity as a number. The schema has let no other suffix through.
+*/ -}}
+{{- define "eni-guard.quantity" -}}
+{{- if kindIs "string" . -}}
+{{- $units := dict "" 1 "m" 0.001 "k" 1e3 "M" 1e6 "G" 1e9 "Ki" 1024 "Mi" 1048576 "Gi" 1073741824 -}}
+{{- mulf (regexFind "^[0-9.]+" .) (get $units (regexFind "[A-Za-z]*$" .)) -}}
+{{- else -}}
+{{- . -}}
+{{- end -}}
+{{- end -}}
