@@ -149,10 +149,12 @@ func TestTheValuesInTheDocuments(t *testing.T) {
 	has := func(path string) bool {
 		var at any = values
 		for key := range strings.SplitSeq(path, ".") {
-			below, is := at.(map[string]any)
-			if at, is = below[key]; !is {
+			below, _ := at.(map[string]any)
+			value, there := below[key]
+			if !there {
 				return false
 			}
+			at = value
 		}
 		return true
 	}
