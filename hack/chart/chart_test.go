@@ -9,6 +9,7 @@ import (
 	"strings"
 	"testing"
 
+	monitoringv1 "github.com/prometheus-operator/prometheus-operator/pkg/apis/monitoring/v1"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
@@ -182,6 +183,23 @@ func TestWhatAClusterLacksIsNamed(t *testing.T) {
 	_, err := render(repo, cluster{version: "1.24.17"}, nil)
 	if err == nil || !strings.Contains(err.Error(), "requires kubeVersion: >=1.25.0-0 which is incompatible with Kubernetes v1.24.17") {
 		t.Error(err)
+	}
+}
+
+// What is made for the Prometheus operator has no field that its own types lack.
+func TestThePrometheusOperatorKnowsEveryField(t *testing.T) {
+	made := objects(t, cluster{newest, monitoring}, everything)
+	for name, into := range map[string]any{
+		"ServiceMonitor eni-guard-webhook": &monitoringv1.ServiceMonitor{}, "PodMonitor eni-guard-agent": &monitoringv1.PodMonitor{},
+		"PrometheusRule eni-guard": &monitoringv1.PrometheusRule{},
+	} {
+		content, err := yaml.Marshal(made[name].Object)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := yaml.UnmarshalStrict(content, into); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
 	}
 }
 
