@@ -3,7 +3,10 @@
 package webhook
 
 import (
+	"encoding/json"
+	"errors"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"testing"
 
@@ -13,13 +16,14 @@ import (
 	"k8s.io/apimachinery/pkg/util/yaml"
 	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/restmapper"
+	"sigs.k8s.io/controller-runtime/pkg/envtest"
 )
 
 // TestChartIsValid has the API server look at all that the chart and config/ make, as if it were created, and takes no field
 // that it does not know.
 func TestChartIsValid(t *testing.T) {
 	s := startAPIServer(t)
-	documents := templateChart(t, s.version)
+	documents := append(templateChart(t, s.version), templateChart(t, s.version, certManager(t, s)...)...)
 	files, err := filepath.Glob("../config/*/*.yaml")
 	if err != nil || len(files) == 0 {
 		t.Fatalf("no kustomize bases: %v", err)
@@ -37,6 +41,7 @@ func TestChartIsValid(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	made := map[string]int{}
 	groups, err := restmapper.GetAPIGroupResources(s.Discovery())
 	if err != nil {
 		t.Fatal(err)
@@ -72,7 +77,34 @@ func TestChartIsValid(t *testing.T) {
 		if err != nil {
 			t.Errorf("Kubernetes %s: %s %s: %v", s.version, object.GetKind(), object.GetName(), err)
 		}
+		made[object.GetKind()]++
 		taken++
 	}
 	t.Logf("Kubernetes %s takes %d objects", s.version, taken)
+	if made["Certificate"] != 4 || made["Issuer"] != 2 {
+		t.Errorf("of cert-manager's kinds it has seen %d Certificates and %d Issuers", made["Certificate"], made["Issuer"])
+	}
+}
+
+// certManager gives the API server the kinds of cert-manager, and returns what has Helm use them. The module is not linked: only its
+// CRDs are read.
+func certManager(t *testing.T, s *apiServer) []string {
+	t.Helper()
+	const module, sum = "github.com/cert-manager/cert-manager@v1.21.2", "h1:UWgoYM+KLNtRlqmoWOKjKBOBUPVHeepQ6/ac3ERJW68="
+	out, err := exec.CommandContext(t.Context(), "go", "mod", "download", "-json", module).Output()
+	var downloaded struct{ Dir, Sum, Error string }
+	if err = errors.Join(err, json.Unmarshal(out, &downloaded)); err != nil {
+		t.Fatalf("downloading %s: %v %s", module, err, downloaded.Error)
+	}
+	if downloaded.Sum != sum {
+		t.Fatalf("%s has the checksum %s, not %s", module, downloaded.Sum, sum)
+	}
+	var paths []string
+	for _, kind := range []string{"certificates", "issuers"} {
+		paths = append(paths, filepath.Join(downloaded.Dir, "deploy/crds/cert-manager.io_"+kind+".yaml"))
+	}
+	if _, err := envtest.InstallCRDs(s.config, envtest.CRDInstallOptions{Paths: paths, ErrorIfPathMissing: true}); err != nil {
+		t.Fatal(err)
+	}
+	return []string{"--set", "certManager.enabled=true", "--api-versions", "cert-manager.io/v1/Certificate"}
 }

@@ -250,11 +250,11 @@ func renderChart(t *testing.T, kubernetes string) []runtime.Object {
 }
 
 // templateChart returns all that the chart makes for a Kubernetes version, one YAML document each.
-func templateChart(t *testing.T, kubernetes string) [][]byte {
+func templateChart(t *testing.T, kubernetes string, more ...string) [][]byte {
 	t.Helper()
 	var stderr bytes.Buffer
-	cmd := exec.CommandContext(t.Context(), binary(t, "helm"), "template", "eni-guard", "../charts/eni-guard",
-		"--namespace", "eni-guard", "--kube-version", kubernetes)
+	cmd := exec.CommandContext(t.Context(), binary(t, "helm"), append([]string{"template", "eni-guard", "../charts/eni-guard",
+		"--namespace", "eni-guard", "--kube-version", kubernetes}, more...)...)
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()
 	if err != nil {
