@@ -106,11 +106,11 @@ image: build bin/cluster ## Build the image, an OCI archive in dist/eni-guard.ta
 build: go ## Build bin/eni-guard
 	$(BUILD) -o bin/eni-guard .
 
-test-image: image ## Build the image once more, elsewhere and from nothing, and compare
+test-image: image ## Build the image once more, elsewhere and from nothing, and compare it, and what it is made of
 	@set -e; elsewhere=$$(mktemp -d); trap 'rm -rf $$elsewhere' EXIT; \
 	git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents -t $$elsewhere; \
 	GOCACHE=$$elsewhere/.cache $(MAKE) --no-print-directory -C $$elsewhere image ARCHS='$(ARCHS)'; \
-	cmp dist/eni-guard.tar $$elsewhere/dist/eni-guard.tar && sha256sum dist/eni-guard.tar
+	for file in eni-guard.tar $(ARCHS:%=eni-guard-%.cdx.json); do cmp dist/$$file $$elsewhere/dist/$$file; sha256sum dist/$$file; done
 
 generate: go ## Write what follows from the chart: config/ and its table of values
 	go -C hack/chart run . $(CURDIR)
