@@ -13,8 +13,6 @@ import (
 	"strings"
 	"testing"
 
-	corev1 "k8s.io/api/core/v1"
-
 	"github.com/eni-guard/eni-guard/test/e2e/incident"
 )
 
@@ -113,25 +111,29 @@ var stands = regexp.MustCompile(`\b[A-Z]{2,}\b`)
 // typeIn runs commands in one shell, as the administrator, at the top of the checkout.
 func typeIn(t *testing.T, commands []string) {
 	t.Helper()
+	t.Logf("run:\n%s", strings.Join(commands, "\n"))
 	ns := moded(t, "deny")
-	pod := sleeper(t, ns, "web-0", func(pod *corev1.Pod) { pod.Labels = map[string]string{"app": "web"} })
+	pod := sleeper(t, ns, "web-0", nil)
 	if slices.ContainsFunc(commands, func(c string) bool { return strings.Contains(c, "$deleteFromPrimitiveList") }) {
 		setMode(t, ns, "hold")
 		pod, _ = heldStuckPod(t, stuckFS(t, ns), ns, "payment-0")
 		kubectl(t, ns, "annotate", "pod", pod.Name, "eni-guard.io/allow-force-delete=a test of the documents")
 	}
-	tag, err := os.ReadFile(filepath.Join(repo, "dist/eni-guard.tag"))
-	wentThrough(t, err)
+	if slices.ContainsFunc(commands, func(c string) bool { return strings.HasPrefix(c, "kubectl drain ") }) {
+		// Its pods have the label app, by its name, and a controller, without which they are not drained.
+		kubectl(t, ns, "create", "deployment", ns, "--image="+incident.BusyboxImage, "--", "sleep", "86400")
+		kubectl(t, ns, "wait", "deployment/"+ns, "--for=condition=Available", "--timeout=2m")
+	}
 	dir := t.TempDir()
 	fill := strings.NewReplacer(
 		"'/var/log/kubernetes/audit*.log*'", "'"+cluster.AuditLog()+"*'",
 		"/var/log/kubernetes/audit.log", cluster.AuditLog(),
 		"audit.log", cluster.AuditLog(),
 		"review.html", filepath.Join(dir, "review.html"),
-		"REGISTRY", "eni-guard.io", "TAG", strings.TrimSpace(string(tag)),
+		"REGISTRY", "eni-guard.io", "TAG", imageTag(t),
 		"AGENT-POD", "daemonset/eni-guard-agent",
 		"10.0.12.34", pod.Status.PodIP, "ADDRESS", pod.Status.PodIP,
-		"NAMESPACE", ns, "app=SOME", "app=nothing-of-this", "PODS", pod.Name, "POD", pod.Name, "NODE", incident.Node,
+		"NAMESPACE", ns, "app=SOME", "app="+ns, "POD", pod.Name, "NODE", incident.Node,
 	)
 	var script strings.Builder
 	for _, command := range commands {
@@ -156,10 +158,8 @@ func typeIn(t *testing.T, commands []string) {
 		fmt.Fprintf(&script, "%s\nstatus=$?; case $status in %s) ;; *) echo \"the last command ended with $status\" >&2; exit 99;; esac\n",
 			command, strings.Trim(strings.ReplaceAll(fmt.Sprint(want), " ", "|"), "[]"))
 	}
-	out, err := shell(t.Context(), ns, dir, script.String())
-	t.Logf("%s", out)
-	if err != nil {
-		t.Errorf("%v\n%s", err, script.String())
+	if out, err := shell(t.Context(), ns, dir, script.String()); err != nil {
+		t.Errorf("%v\n%s", err, out)
 	}
 }
 

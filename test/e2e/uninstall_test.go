@@ -25,9 +25,8 @@ func helm(ctx context.Context, args ...string) (string, error) {
 	return string(out), err
 }
 
-// reinstalled installs the guard again, with the values it had, at the end of a test that uninstalls it. It returns the file that
-// has those values.
-func reinstalled(t *testing.T) string {
+// reinstalled installs the guard again, with the values it had, at the end of a test that uninstalls it.
+func reinstalled(t *testing.T) {
 	t.Helper()
 	values, err := helm(t.Context(), "get", "values", "eni-guard", "--output", "json")
 	if err != nil {
@@ -48,7 +47,6 @@ func reinstalled(t *testing.T) string {
 		}
 		restored(t)
 	})
-	return file
 }
 
 // guardObjects names everything in the cluster that belongs to the guard, except its namespace.
@@ -63,7 +61,7 @@ func guardObjects(t *testing.T) string {
 
 // Nothing would ever free the pods that the guard holds once it is gone. So it frees them first, or stays.
 func TestUninstall(t *testing.T) {
-	values := reinstalled(t)
+	reinstalled(t)
 	wentThrough(t, taintNodes(t.Context(), true))
 	restored(t)
 	ns := moded(t, "hold")
@@ -147,7 +145,7 @@ func TestUninstall(t *testing.T) {
 	}))
 
 	// No other test can have the cluster without the guard.
-	t.Run("a release of the previous chart is upgraded and rolled back without a gap", func(t *testing.T) { fromThePreviousChart(t, values) })
+	t.Run("a release of the previous chart is upgraded and rolled back without a gap", fromThePreviousChart)
 }
 
 // refuseTheGuard lets nobody but the guard change the pods of a namespace, until the end of the test: the other way round.

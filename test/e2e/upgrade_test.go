@@ -3,6 +3,7 @@ package e2e
 import (
 	"context"
 	"fmt"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -16,14 +17,15 @@ import (
 
 // fromThePreviousChart installs the previous chart where nothing is installed, upgrades it, and rolls back, while pods are deleted
 // by force and gracefully all the time. The image is today's in all three: what is tested is the chart.
-func fromThePreviousChart(t *testing.T, values string) {
-	t.Cleanup(func() {
+func fromThePreviousChart(t *testing.T) {
+	defer func() {
 		// Without hooks, because what they free has been freed below, or the test has failed.
 		if out, err := helm(context.Background(), "uninstall", "eni-guard", "--no-hooks", "--wait", "--timeout", "2m"); err != nil {
 			t.Errorf("%v\n%s", err, out)
 		}
-	})
-	mustHelm(t, "install", "eni-guard", "testdata/previous-chart.tgz", "--values", values, "--timeout", "2m")
+	}()
+	mustHelm(t, "install", "eni-guard", "testdata/previous-chart.tgz", "--timeout", "2m",
+		"--set-string", "image.tag="+imageTag(t), "--set", "agent.criSocket=/run/eni-guard-cluster/containerd.sock")
 	letAgentsRead(t)
 	restored(t)
 	bound := sleeper(t, moded(t, "deny"), "web-0", nil)
@@ -68,6 +70,14 @@ func fromThePreviousChart(t *testing.T, values string) {
 	wentThrough(t, stuck.Release())
 	wentThrough(t, cluster.AwaitGone(t.Context(), first))
 	nothingHeld(t)
+}
+
+// imageTag is the tag of the image that `make install` has loaded into the cluster.
+func imageTag(t *testing.T) string {
+	t.Helper()
+	tag, err := os.ReadFile(filepath.Join(repo, "dist/eni-guard.tag"))
+	wentThrough(t, err)
+	return strings.TrimSpace(string(tag))
 }
 
 func mustHelm(t *testing.T, args ...string) {
