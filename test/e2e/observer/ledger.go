@@ -12,10 +12,6 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 )
 
-// settled is how long a namespace must have had an address before a record that says otherwise counts: a CNI plugin makes the
-// device first, and writes the record after that.
-const settled = 3 * time.Second
-
 // Ledger puts together what the API server says of pods and what the kernel shows of them. It may be used from several
 // goroutines.
 //
@@ -37,21 +33,14 @@ type entry struct {
 	addresses map[netip.Addr]bool
 	// processes are those that were seen in the pod's cgroup or, outside of every pod's, in its namespace; by that namespace.
 	processes map[ProcessID]string
-	// namespaces are where namespaces of the pod are mounted.
-	namespaces map[string]*mounted
+	// namespaces are the IDs of namespaces that are known to be the pod's, by where they are mounted.
+	namespaces map[string]string
 
 	goneAt    time.Time // zero while the object is there
 	late      bool
 	startedAt time.Time
 	lastBound time.Time
 	evidence  string
-}
-
-// mounted is a namespace that is known to be a pod's.
-type mounted struct {
-	id string
-	// since is when it was first seen with an address of the pod.
-	since time.Time
 }
 
 // Removal is a pod whose object is gone.
@@ -106,7 +95,7 @@ func (l *Ledger) Seen(pod *corev1.Pod) {
 	defer l.mu.Unlock()
 	e := l.pods[pod.UID]
 	if e == nil {
-		e = &entry{addresses: map[netip.Addr]bool{}, processes: map[ProcessID]string{}, namespaces: map[string]*mounted{}}
+		e = &entry{addresses: map[netip.Addr]bool{}, processes: map[ProcessID]string{}, namespaces: map[string]string{}}
 		l.pods[pod.UID] = e
 	}
 	e.pod = pod
@@ -192,17 +181,14 @@ func (l *Ledger) learn(sight Sight) {
 	mountedAt := map[string]Namespace{}
 	for _, ns := range sight.Namespaces {
 		mountedAt[ns.Path] = ns
-		if e := owners[ns.ID]; e != nil && e.namespaces[ns.Path] == nil {
-			e.namespaces[ns.Path] = &mounted{id: ns.ID}
+		if e := owners[ns.ID]; e != nil && e.namespaces[ns.Path] == "" {
+			e.namespaces[ns.Path] = ns.ID
 		}
 	}
 	for _, e := range l.pods {
-		for path, m := range e.namespaces {
-			if ns, there := mountedAt[path]; there && ns.ID == m.id {
-				owners[m.id] = e
-				if m.since.IsZero() && slices.ContainsFunc(ns.Addresses, func(a netip.Addr) bool { return e.addresses[a] }) {
-					m.since = sight.Began
-				}
+		for path, id := range e.namespaces {
+			if ns, there := mountedAt[path]; there && ns.ID == id {
+				owners[id] = e
 			}
 		}
 	}
@@ -215,8 +201,8 @@ func (l *Ledger) learn(sight Sight) {
 
 // isMounted says whether a namespace by this ID was seen mounted for the pod.
 func (e *entry) isMounted(id string) bool {
-	for _, m := range e.namespaces {
-		if m.id == id {
+	for _, known := range e.namespaces {
+		if known == id {
 			return true
 		}
 	}
@@ -235,7 +221,7 @@ func (e *entry) bound(uid types.UID, sight Sight) string {
 		}
 	}
 	for _, ns := range sight.Namespaces {
-		if m := e.namespaces[ns.Path]; m != nil && m.id == ns.ID {
+		if e.namespaces[ns.Path] == ns.ID {
 			for _, address := range ns.Addresses {
 				if e.addresses[address] {
 					return fmt.Sprintf("%s has %s", ns.Path, address)
@@ -246,8 +232,9 @@ func (e *entry) bound(uid types.UID, sight Sight) string {
 	return ""
 }
 
-// compare looks for addresses that are two pods'. One look can be deceived by an address that moves while it lasts, so two in
-// a row must have shown the same.
+// compare looks for addresses that are two pods'. A pod's addresses are those that its kubelet has reported, so its CNI plugin has
+// written the record of them by then. One look can be deceived by an address that moves while it lasts, or by records that were
+// read before the report came, so two in a row must have shown the same.
 func (l *Ledger) compare(sight Sight, before, after map[netip.Addr]string) {
 	now := map[string]bool{}
 	found := func(s Shared) {
@@ -260,8 +247,7 @@ func (l *Ledger) compare(sight Sight, before, after map[netip.Addr]string) {
 	users := map[netip.Addr][]*entry{}
 	for _, ns := range sight.Namespaces {
 		for _, e := range l.pods {
-			m := e.namespaces[ns.Path]
-			if m == nil || m.id != ns.ID || m.since.IsZero() {
+			if e.namespaces[ns.Path] != ns.ID {
 				continue
 			}
 			for _, address := range ns.Addresses {
@@ -270,7 +256,7 @@ func (l *Ledger) compare(sight Sight, before, after map[netip.Addr]string) {
 				}
 				users[address] = append(users[address], e)
 				own := e.pod.Namespace + "/" + e.pod.Name
-				if before != nil && after != nil && sight.Began.Sub(m.since) > settled && before[address] != own && after[address] != own {
+				if before != nil && after != nil && before[address] != own && after[address] != own {
 					found(Shared{Address: address, User: e.pod, Other: after[address]})
 				}
 			}

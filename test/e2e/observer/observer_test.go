@@ -135,6 +135,7 @@ func TestAddressesOfTwoPods(t *testing.T) {
 		"its own":                     {[]step{{sight(1, inCgroup, mount), own, own}, {sight(9, mount), own, own}, {sight(10, mount), own, own}}, nil},
 		"not yet recorded":            {[]step{{sight(1, inCgroup, mount), records(""), records("")}, {sight(2, mount), records(""), own}}, nil},
 		"released while in use":       {[]step{{sight(1, inCgroup, mount), own, own}, {sight(9, mount), records(""), records("")}, {sight(10, mount), records(""), records("")}}, []string{""}},
+		"released at once":            {[]step{{sight(1, inCgroup, mount), own, own}, {sight(1, mount), own, records("")}, {sight(2, mount), records(""), records("")}, {sight(2, mount), records(""), records("")}}, []string{""}},
 		"given to another":            {[]step{{sight(1, inCgroup, mount), own, own}, {sight(9, mount), own, records("shop/x")}, {sight(10, mount), records("shop/x"), records("shop/x")}, {sight(11, mount), records("shop/x"), records("shop/x")}}, []string{"shop/x"}},
 		"moved while one look lasted": {[]step{{sight(1, inCgroup, mount), own, own}, {sight(2, mount, other, second), own, own}, {sight(3, other, second), nil, nil}}, nil},
 		"in two namespaces":           {[]step{{sight(1, inCgroup, mount), own, own}, {sight(2, mount, other, second), own, own}, {sight(3, mount, other, second), own, own}}, []string{"shop/web-1", "shop/web-0"}},
