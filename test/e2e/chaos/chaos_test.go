@@ -92,6 +92,16 @@ func TestFaultsUnderLoad(t *testing.T) {
 	all, cancel := context.WithTimeout(t.Context(), *length+12*time.Minute)
 	defer cancel()
 	r := prepare(all, t)
+	if r.long() {
+		made := r.rotates(all)
+		defer func() {
+			certificates, authorities := made()
+			t.Logf("%d certificates and %d authorities were made", certificates, authorities)
+			if certificates < 6 || authorities < 1 {
+				t.Error("they have not been rotated: two rounds are 6 certificates")
+			}
+		}()
+	}
 
 	ctx, stop := context.WithTimeout(all, *length)
 	defer stop()
@@ -118,6 +128,9 @@ func TestFaultsUnderLoad(t *testing.T) {
 	r.nothingIsLeft(all)
 	r.judge()
 }
+
+// long says whether the run is long enough for what takes minutes to be over.
+func (r *run) long() bool { return *length >= 4*time.Minute }
 
 // prepare makes the namespaces, who acts in them, and a pod that answers whether the guard works; and starts the observer.
 func prepare(ctx context.Context, t *testing.T) *run {
@@ -336,9 +349,27 @@ func (r *run) judge() {
 	for _, of := range verdicts {
 		violations += of[observer.Violation] + of[observer.NotLookedAt]
 	}
+	attempts, refusals, holds := 0, 0, 0
+	for what, outcomes := range r.counts {
+		for how, n := range outcomes {
+			switch {
+			case what == "decisions of the guard" && strings.HasPrefix(how, "held "):
+				holds += n
+			case strings.HasPrefix(how, "refused "):
+				refusals += n
+				attempts += n
+			case isWay(what):
+				attempts += n
+			}
+		}
+	}
 	controls := verdicts["off"][observer.Control] + verdicts["audit"][observer.Control]
 	r.t.Logf("observer: %d looks, the longest %s; the watch began %d times, %d removals were found late", looks, longest.Round(time.Millisecond), watches, late)
-	r.t.Logf("%d faults, %d removals in the controls that would have been violations, %d VIOLATIONS (seed %d)", len(r.outages), controls, violations, *seed)
+	r.t.Logf("%d deletes and evictions, %d refusals, %d holds, %d outages, %d removals in the controls that would have been violations, %d VIOLATIONS (seed %d)",
+		attempts, refusals, holds, len(r.outages), controls, violations, *seed)
+	if refusals == 0 || holds == 0 || len(r.outages) == 0 {
+		r.fail("that is no load, or nothing was broken")
+	}
 	if controls == 0 {
 		r.fail("no violation was seen where the guard does not stand in the way: the observer is blind, or the load too light")
 	}

@@ -9,13 +9,13 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"syscall"
 	"time"
 
-	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/eni-guard/eni-guard/test/e2e/incident"
@@ -72,7 +72,9 @@ func (r *run) faults() []fault {
 			}
 			return func(context.Context) error { return syscall.Kill(runtime.PID, syscall.SIGCONT) }, syscall.Kill(runtime.PID, syscall.SIGSTOP)
 		}},
-		{name: "certificates replaced", part: "certificates", inject: r.replaceCertificates, slow: true},
+		{name: "certificates lost", part: "certificates", inject: r.lose("webhook-tls", "client-tls", "agent-tls"), slow: true},
+		{name: "authority lost", part: "certificates", inject: r.lose("ca"), slow: true},
+		{name: "certificates lost with their authority", part: "certificates", inject: r.lose("ca", "webhook-tls", "client-tls", "agent-tls"), slow: true},
 	}
 }
 
@@ -129,30 +131,75 @@ func nft(ctx context.Context, commands string) error {
 	return nil
 }
 
-// replaceCertificates makes a new authority, and new certificates of webhook, agent and client.
-func (r *run) replaceCertificates(ctx context.Context) (func(context.Context) error, error) {
-	// In one call: what was left of them would be kept.
-	certificates := metav1.ListOptions{FieldSelector: "type=" + string(corev1.SecretTypeTLS)}
-	if err := r.cluster.CoreV1().Secrets(incident.GuardNamespace).DeleteCollection(ctx, metav1.DeleteOptions{}, certificates); err != nil {
+// lose deletes Secrets of the guard, which it must make anew.
+func (r *run) lose(secrets ...string) func(ctx context.Context) (func(context.Context) error, error) {
+	return func(ctx context.Context) (func(context.Context) error, error) {
+		var err error
+		for _, secret := range secrets {
+			err = errors.Join(err, r.cluster.CoreV1().Secrets(incident.GuardNamespace).Delete(ctx, "eni-guard-"+secret, metav1.DeleteOptions{}))
+		}
 		return nil, err
 	}
+}
+
+// validity sets how long certificates are valid.
+func (r *run) validity(ctx context.Context, authority, certificate, overlap string) error {
 	out, err := exec.CommandContext(ctx, r.cluster.Binary("helm"), "--kubeconfig", r.cluster.Kubeconfig(), "--namespace", incident.GuardNamespace,
-		"upgrade", "eni-guard", filepath.Join(repo, "charts/eni-guard"), "--reuse-values").CombinedOutput()
+		"upgrade", "eni-guard", filepath.Join(repo, "charts/eni-guard"), "--reuse-values", "--wait", "--timeout", "3m",
+		"--set", "certificates.authorityValidity="+authority, "--set", "certificates.validity="+certificate, "--set", "certificates.overlap="+overlap).CombinedOutput()
 	if err != nil {
-		return nil, fmt.Errorf("helm upgrade: %w\n%s", err, out)
+		return fmt.Errorf("helm upgrade: %w\n%s", err, out)
 	}
-	return nil, nil
+	return nil
+}
+
+// rotates has certificates expire within a minute and a half, and their authority within three times that, until the run ends. The
+// function that it returns says how many certificates and authorities were made meanwhile.
+func (r *run) rotates(ctx context.Context) (made func() (certificates, authorities int)) {
+	if err := r.validity(ctx, "270s", "90s", "30s"); err != nil {
+		r.t.Fatal(err)
+	}
+	r.t.Cleanup(func() {
+		if err := r.validity(context.Background(), "26280h", "2160h", "1h"); err != nil {
+			r.t.Error(err)
+		}
+	})
+	watching, stop := context.WithCancel(ctx)
+	seen := map[string]map[string]bool{"tls.crt": {}, "signing.crt": {}}
+	var done sync.WaitGroup
+	done.Go(func() {
+		for watching.Err() == nil {
+			// While the API server is away, nothing is made.
+			if list, err := r.cluster.CoreV1().Secrets(incident.GuardNamespace).List(watching, metav1.ListOptions{}); err == nil {
+				for _, secret := range list.Items {
+					for key, values := range seen {
+						if value := secret.Data[key]; len(value) > 0 {
+							values[string(value)] = true
+						}
+					}
+				}
+			}
+			pause(watching, time.Second)
+		}
+	})
+	return func() (int, int) {
+		stop()
+		done.Wait()
+		return len(seen["tls.crt"]) - 3, len(seen["signing.crt"]) - 1
+	}
 }
 
 // breakThings injects one fault after the other, and then pairs of them, until ctx ends. What it has begun it mends, with
 // what is left of all.
 func (r *run) breakThings(ctx, all context.Context, random *rand.Rand) error {
 	faults := r.faults()
+	if !r.long() {
+		faults = slices.DeleteFunc(faults, func(f fault) bool { return f.slow })
+	}
 	random.Shuffle(len(faults), func(i, j int) { faults[i], faults[j] = faults[j], faults[i] })
-	slow := *length >= 4*time.Minute
 	for _, f := range faults {
-		if ctx.Err() != nil || f.slow && !slow {
-			continue
+		if ctx.Err() != nil {
+			break
 		}
 		if err := r.breakAndMend(all, random, f); err != nil {
 			return err
@@ -170,35 +217,56 @@ func (r *run) breakThings(ctx, all context.Context, random *rand.Rand) error {
 	return nil
 }
 
+// faultLimit bounds how long it may take to make a fault, and to take it back: the longest wait of either is a minute.
+const faultLimit = 2 * time.Minute
+
+// within does something that must not take longer than faultLimit, even if it does not look at its context.
+func within(ctx context.Context, what string, do func(context.Context) error) error {
+	ctx, cancel := context.WithTimeout(ctx, faultLimit)
+	defer cancel()
+	done := make(chan error, 1)
+	go func() { done <- do(ctx) }()
+	select {
+	case err := <-done:
+		if err != nil {
+			return fmt.Errorf("%s: %w", what, err)
+		}
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("%s: not done after %s", what, faultLimit)
+	}
+}
+
 // breakAndMend injects faults at the same time, mends them after some seconds, and waits until the guard works again by itself; that
-// it does not is the error.
+// it does not, or that a fault could not be made or taken back, is the error: what comes after that would prove nothing.
 func (r *run) breakAndMend(ctx context.Context, random *rand.Rand, faults ...fault) error {
 	var names []string
 	var mends []func(context.Context) error
 	begin := time.Now()
+	var injecting error
 	for _, f := range faults {
 		names = append(names, f.name)
-		mend, err := f.inject(ctx)
-		if err != nil {
-			r.fail("%s: %v", f.name, err)
-		}
-		if mend != nil {
-			mends = append(mends, mend)
-		}
+		injecting = errors.Join(injecting, within(ctx, "making the fault "+f.name, func(ctx context.Context) error {
+			mend, err := f.inject(ctx)
+			if mend != nil {
+				mends = append(mends, func(all context.Context) error { return within(all, "taking back the fault "+f.name, mend) })
+			}
+			return err
+		}))
 	}
 	name := strings.Join(names, " + ")
 	// Long enough for an agent that is stopped to be given up on (5 s), and for a webhook (10 s).
 	pause(ctx, time.Duration(3000+random.IntN(9000))*time.Millisecond)
 	var wait sync.WaitGroup
-	for _, mend := range mends {
+	failed := make([]error, len(mends))
+	for i, mend := range mends {
 		// At the same time, because the kubelet waits for containerd.
-		wait.Go(func() {
-			if err := mend(ctx); err != nil {
-				r.fail("mending %s: %v", name, err)
-			}
-		})
+		wait.Go(func() { failed[i] = mend(ctx) })
 	}
 	wait.Wait()
+	if err := errors.Join(append(failed, injecting)...); err != nil {
+		return err
+	}
 	mended := time.Now()
 	if err := r.works(ctx); err != nil {
 		return fmt.Errorf("after %q: %w", name, err)

@@ -251,6 +251,11 @@ var ways = []way{
 	}},
 }
 
+// isWay says whether a count is one of a way in.
+func isWay(what string) bool {
+	return strings.HasPrefix(what, "override") || slices.ContainsFunc(ways, func(w way) bool { return w.name == what })
+}
+
 // pickWay picks any way, and only now and then the last one, which ends all pods of a namespace in mode hold.
 func pickWay(random *rand.Rand) way {
 	if random.IntN(40) == 0 {
