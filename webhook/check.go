@@ -162,7 +162,7 @@ func readAnswer(pod string, err error, warnings []string) (checkResult, error) {
 // verdictOf reads what finding has written.
 func verdictOf(text, bound string) string {
 	switch {
-	case strings.Contains(text, "cannot tell whether pod "):
+	case strings.Contains(text, cannotTell):
 		return answerUnknown
 	case strings.Contains(text, " is still alive on node "):
 		return bound

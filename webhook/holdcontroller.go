@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/go-logr/logr"
@@ -85,13 +86,20 @@ func (c *holdController) Reconcile(ctx context.Context, request reconcile.Reques
 	if d.outcome == Allowed {
 		return reconcile.Result{}, c.release(ctx, pod, d)
 	}
-	if because := finding(pod, d); because != pod.Annotations[HeldBecauseAnnotation] {
+	if because := finding(pod, d); because != pod.Annotations[HeldBecauseAnnotation] && !knewMore(pod, d) {
 		if err := c.holds.explain(ctx, pod, because); client.IgnoreNotFound(err) != nil {
 			return reconcile.Result{}, err
 		}
 	}
 	// An agent makes its caller wait; where it did not, because there is none, or an old one, the wait is here.
 	return reconcile.Result{RequeueAfter: max(time.Millisecond, holdRetry-c.now().Sub(asked))}, nil
+}
+
+// knewMore says whether something was found of the pod before, while now its node cannot be asked: an agent that is restarted must not
+// take away what people look for.
+func knewMore(pod *corev1.Pod, d decision) bool {
+	before := pod.Annotations[HeldBecauseAnnotation]
+	return d.verdict != sandbox.Bound && before != "" && !strings.HasPrefix(before, cannotTell)
 }
 
 // judgeHeld decides about a held pod as about its removal, but waits for the release.

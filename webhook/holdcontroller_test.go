@@ -132,6 +132,7 @@ func TestReconcileAHeldPod(t *testing.T) {
 	lost := func(node *corev1.Node) {
 		node.Spec.Taints = []corev1.Taint{{Key: corev1.TaintNodeOutOfService, Effect: corev1.TaintEffectNoExecute}}
 	}
+	notKnown := annotated(HeldBecauseAnnotation, "")
 	for name, c := range map[string]struct {
 		agent agentFunc
 		pod   *corev1.Pod
@@ -144,9 +145,12 @@ func TestReconcileAHeldPod(t *testing.T) {
 	}{
 		"released":  {finds(), heldOnNodeA(), nodeA(), "gone", "", "nothing of it is left on node node-a", 0},
 		"bound":     {finds(alive), heldOnNodeA(), nodeA(), "held", "pod shop/web-0 is still alive on node node-a: ", "", holdRetry},
-		"no answer": {noAnswer, heldOnNodeA(), nodeA(), "held", "cannot tell whether pod shop/web-0 is still alive on node node-a: the agent of node node-a does not run", "", holdRetry},
+		"no answer": {noAnswer, heldOnNodeA(notKnown), nodeA(), "held", "cannot tell whether pod shop/web-0 is still alive on node node-a: the agent of node node-a does not run", "", holdRetry},
+		// An agent that is restarted must not take away what it has found.
+		"no answer, something found before": {noAnswer, heldOnNodeA(annotated(HeldBecauseAnnotation, "pod shop/web-0 is still alive on node node-a: a process")), nodeA(), "held", "pod shop/web-0 is still alive on node node-a: a process", "", holdRetry},
+		"bound, not known before":           {finds(alive), heldOnNodeA(annotated(HeldBecauseAnnotation, cannotTell+"shop/web-0")), nodeA(), "held", "pod shop/web-0 is still alive on node node-a: sandbox", "", holdRetry},
 		// Its sandbox may be stuck: what the kubelet says of the containers does not give up a pod that was bound.
-		"no answer, and finished": {noAnswer, heldOnNodeA(terminated, phase(corev1.PodFailed)), nodeA(), "held", "cannot tell whether", "", holdRetry},
+		"no answer, and finished": {noAnswer, heldOnNodeA(terminated, phase(corev1.PodFailed), notKnown), nodeA(), "held", "cannot tell whether", "", holdRetry},
 		"the node is gone":        {neverAsked, heldOnNodeA(), nil, "gone", "", "node node-a is gone", 0},
 		"the node is lost":        {noAnswer, heldOnNodeA(), nodeA(lost), "gone", "", "node node-a is out of service", 0},
 		// Somebody who vouches for a node does not know better than the node itself.
@@ -214,7 +218,7 @@ func (h *holdTest) expectEvent(t *testing.T, words string) {
 // What is known already is not written again, hundreds of times an hour.
 func TestReconcileWritesOnlyNews(t *testing.T) {
 	writes := 0
-	pod := heldOnNodeA()
+	pod := heldOnNodeA(annotated(HeldBecauseAnnotation, ""))
 	h := newHoldTest(noAnswer, func(c client.WithWatch, object client.Object, patch client.Patch) error {
 		writes++
 		return c.Patch(t.Context(), object, patch)

@@ -36,14 +36,17 @@ func message(r *removal, d decision) string {
 	}, "\n")
 }
 
+// cannotTell starts the finding about a pod of which nothing is known.
+const cannotTell = "cannot tell whether pod "
+
 // finding is what is known of a pod that may not go, in plain words.
 func finding(pod *corev1.Pod, d decision) string {
 	name := pod.Namespace + "/" + pod.Name
 	if d.reason == ReasonPodUnreadable {
-		return fmt.Sprintf("cannot tell whether pod %s is still alive: %s.", name, strings.Join(failures(d), "; "))
+		return fmt.Sprintf(cannotTell+"%s is still alive: %s.", name, strings.Join(failures(d), "; "))
 	}
 	if d.verdict != sandbox.Bound {
-		return fmt.Sprintf("cannot tell whether pod %s is still alive on node %s: %s.", name, pod.Spec.NodeName, strings.Join(failures(d), "; "))
+		return fmt.Sprintf(cannotTell+"%s is still alive on node %s: %s.", name, pod.Spec.NodeName, strings.Join(failures(d), "; "))
 	}
 	text := fmt.Sprintf("pod %s is still alive on node %s: %s", name, pod.Spec.NodeName, d.report.Findings[0])
 	var where []string

@@ -153,6 +153,9 @@ func TestAHeldPodSurvivesTheRestartOfEveryPart(t *testing.T) {
 			ends(t)
 			stillHeld(t, pod)
 			inStateD(t, pod)
+			if got := because(t, pod); !strings.HasPrefix(got, "pod "+ns+"/payment-0 is still alive on node node-1: ") {
+				t.Errorf("it is held because %q", got)
+			}
 		})
 		if !worked {
 			t.FailNow()
