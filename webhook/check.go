@@ -135,7 +135,7 @@ func readAnswer(pod string, err error, warnings []string) (checkResult, error) {
 	if err != nil {
 		var status apierrors.APIStatus
 		if !errors.As(err, &status) {
-			return result, fmt.Errorf("asking to delete pod %s: %w", pod, err)
+			return result, fmt.Errorf("the API server was not reached, to ask about pod %s: %w\nDoes `kubectl get pods` reach it? If so, name its kubeconfig: --kubeconfig", pod, err)
 		}
 		result.Said = status.Status().Message
 		switch denied := fmt.Sprintf("admission webhook %q denied the request: ", webhookName); {
@@ -147,7 +147,7 @@ func readAnswer(pod string, err error, warnings []string) (checkResult, error) {
 		case strings.Contains(result.Said, fmt.Sprintf("failed calling webhook %q", webhookName)):
 			result.Answer = answerUnreachable
 		default:
-			return result, fmt.Errorf("asking to delete pod %s: %w", pod, err)
+			return result, fmt.Errorf("the API server did not ask eni-guard about pod %s: %w\n%s", pod, err, stepAfter(pod, err))
 		}
 		return result, nil
 	}
@@ -157,6 +157,19 @@ func readAnswer(pod string, err error, warnings []string) (checkResult, error) {
 		}
 	}
 	return result, nil
+}
+
+// stepAfter says what to do about an answer in which the guard has had no part.
+func stepAfter(pod string, err error) string {
+	namespace, _, _ := strings.Cut(pod, "/")
+	switch {
+	case apierrors.IsNotFound(err):
+		return "Name a pod that runs: `kubectl get pods -n " + namespace + "` lists them"
+	case apierrors.IsForbidden(err), apierrors.IsUnauthorized(err):
+		return "A dry run needs the right to the thing itself: `kubectl auth can-i delete pods -n " + namespace + "` must say yes. Nothing is deleted"
+	default:
+		return "Something else has refused this before eni-guard was asked: mend that, or choose another pod"
+	}
 }
 
 // verdictOf reads what finding has written.

@@ -54,14 +54,20 @@ func TestReadAnswerOfOthers(t *testing.T) {
 	if got, err := readAnswer("shop/web-0", unreachable, nil); err != nil || got.Answer != answerUnreachable || got.works() {
 		t.Errorf("%+v (%v), want %q", got, err, answerUnreachable)
 	}
-	for _, err := range []error{
-		errors.New("connection refused"),
-		apierrors.NewNotFound(corev1.Resource("pods"), "web-0"),
-		apierrors.NewForbidden(corev1.Resource("pods"), "web-0", errors.New("no right")),
-		&apierrors.StatusError{ErrStatus: metav1.Status{Code: http.StatusConflict, Message: `admission webhook "other" denied the request: pod is still alive on node node-a`}},
+	other := &apierrors.StatusError{ErrStatus: metav1.Status{Code: http.StatusConflict, Message: `admission webhook "other" denied the request: pod is still alive on node node-a`}}
+	for err, next := range map[error]string{
+		errors.New("connection refused"):                                                 "Does `kubectl get pods` reach it?",
+		apierrors.NewNotFound(corev1.Resource("pods"), "web-0"):                          "`kubectl get pods -n shop` lists them",
+		apierrors.NewForbidden(corev1.Resource("pods"), "web-0", errors.New("no right")): "`kubectl auth can-i delete pods -n shop` must say yes",
+		other: "Something else has refused this",
 	} {
-		if got, told := readAnswer("shop/web-0", err, nil); told == nil || got.works() {
+		got, told := readAnswer("shop/web-0", err, nil)
+		if told == nil || got.works() {
 			t.Errorf("%v is read as %+v", err, got)
+			continue
+		}
+		if text := told.Error(); !strings.Contains(text, err.Error()) || !strings.Contains(text, next) || !strings.Contains(text, "shop/web-0") {
+			t.Errorf("it is told as: %s", text)
 		}
 	}
 }
