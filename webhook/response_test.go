@@ -1,6 +1,7 @@
 package webhook
 
 import (
+	"cmp"
 	"encoding/json"
 	"flag"
 	"fmt"
@@ -158,21 +159,48 @@ func TestRunbookHasEverySection(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	anchors := map[string]bool{}
+	anchors, first := map[string]bool{}, ""
 	for line := range strings.Lines(string(content)) {
 		if title, ok := strings.CutPrefix(line, "## "); ok {
-			anchors[strings.ReplaceAll(strings.ToLower(strings.TrimSpace(title)), " ", "-")] = true
+			anchor := strings.ReplaceAll(strings.ToLower(strings.TrimSpace(title)), " ", "-")
+			anchors[anchor] = true
+			first = cmp.Or(first, anchor)
 		}
+	}
+	if first != runbookSections[ReasonBound] {
+		t.Errorf("docs/runbook.md begins with #%s, and not with the incident", first)
 	}
 	for reason, section := range runbookSections {
 		if !anchors[section] {
 			t.Errorf("docs/runbook.md has no section #%s, which a refusal for %s points to", section, reason)
 		}
 	}
-	for _, reason := range []Reason{ReasonBound, ReasonNoAnswer, ReasonProbeFailed} {
-		if runbookSections[reason] == "" {
-			t.Errorf("a refusal for %s points to no section", reason)
+	// Every refusal that there is, as people read it; and what the API server says of a webhook that it cannot reach.
+	files, err := filepath.Glob("testdata/messages/*.txt")
+	if err != nil {
+		t.Fatal(err)
+	}
+	refusals := 0
+	for _, file := range files {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
 		}
+		if !strings.HasPrefix(string(text), "4") || strings.HasPrefix(string(text), "404 ") {
+			continue // it went through, or there is no such pod
+		}
+		refusals++
+		_, section, _ := strings.Cut(string(text), "\nMore: "+runbook)
+		section, _, _ = strings.Cut(section, "\n")
+		if !anchors[section] {
+			t.Errorf("%s leads to the section %q of docs/runbook.md, which is not there", file, section)
+		}
+	}
+	if refusals < 20 {
+		t.Errorf("only %d refusals were found; or this test cannot find them any more", refusals)
+	}
+	if _, section, _ := strings.Cut(checkResult{Answer: answerUnreachable}.String(), runbook); !anchors[section] {
+		t.Errorf("a webhook that cannot be reached leads to the section %q of docs/runbook.md, which is not there", section)
 	}
 }
 
