@@ -19,7 +19,7 @@ CHAOS_SEED ?= 0
 POOL_SIZE ?= 160
 
 # What `make test-containerd` runs.
-RUNTIME_TESTS := ^(TestIncident|TestInspect|TestAFrozenProcess|TestAProcessOutside|TestARuntime|TestASandboxWhoseRecordIsGone|TestANodeWithALeftover|TestAHeldStuckPod|TestAddressesOfEitherFamily)
+RUNTIME_TESTS := ^(TestIncident|TestInspect|TestAFrozenProcess|TestAProcessOutside|TestARuntime|TestASandboxWhoseRecordIsGone|TestOtherValues|TestAHeldStuckPod|TestAddressesOfEitherFamily)
 
 VERSION := $(shell sed -n 's/^appVersion: *//p' charts/eni-guard/Chart.yaml)
 IMAGE   := eni-guard.io/eni-guard

@@ -79,17 +79,6 @@ func trustedBundle(ctx context.Context) ([]byte, error) {
 	return bundle, nil
 }
 
-// validity sets how long certificates are valid, and waits until the replicas that know it have replaced the others.
-func validity(t *testing.T, authority, leaf, overlap string) {
-	t.Helper()
-	out, err := helm(context.Background(), "upgrade", "eni-guard", filepath.Join(repo, "charts/eni-guard"), "--reuse-values", "--wait", "--timeout", "2m",
-		"--set", "certificates.authorityValidity="+authority, "--set", "certificates.validity="+leaf, "--set", "certificates.overlap="+overlap)
-	if err != nil {
-		t.Fatalf("%v\n%s", err, out)
-	}
-	restored(t)
-}
-
 // Replicas keep their connections to agents, and the API server its own to replicas: that alone would hide a certificate which
 // nobody trusts. So new connections are made all the time, as a replica and as the API server would make them now.
 type handshakes struct {
@@ -215,14 +204,10 @@ func rotated(t *testing.T, before []byte) []byte {
 	return now
 }
 
-// Certificates of a minute, of an authority of three: all are replaced, the authority as a whole, and whatever is deleted is
-// made anew, while pods are deleted by force all the time, and the guard's pods run on. The kubelet of this cluster needs up
-// to 15 seconds to give an agent what has changed, so the overlap is 20.
-func TestCertificatesRotateUnderLoad(t *testing.T) {
-	t.Cleanup(func() { validity(t, "26280h", "2160h", "1h") })
-	pod := sleeper(t, namespace(t), "web-0", nil)
-	long := content(t, authoritySecret, "signing.crt")
-	validity(t, "180s", "60s", "20s")
+// rotateUnderLoad is for certificates of a minute, of an authority of three: all are replaced, the authority as a whole, and whatever
+// is deleted is made anew, while a pod is deleted by force all the time, and the guard's pods run on. long is the authority that
+// was there before.
+func rotateUnderLoad(t *testing.T, long []byte, pod *corev1.Pod) {
 	pods := guardPods(t)
 	load, connections := startLoad(t, pod.Namespace, pod.Name, false), startHandshakes(t)
 

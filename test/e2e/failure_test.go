@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sync/errgroup"
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -91,13 +92,15 @@ func TestAFinishedPodCanBeDeletedWithoutAnAgent(t *testing.T) {
 	if err == nil || !strings.Contains(out, "cannot tell whether pod ") {
 		t.Errorf("the label that frees the address: %v\n%s", err, out)
 	}
-	var errs []error
+	// At once, because each waits for the agent until the guard gives up on it.
+	deletes := errgroup.Group{}
 	for _, pod := range pods {
-		errs = append(errs, plainDelete(t.Context(), cluster, pod))
+		deletes.Go(func() error { return plainDelete(t.Context(), cluster, pod) })
 	}
+	err = deletes.Wait()
 	resume()
 	restored(t)
-	wentThrough(t, errors.Join(errs...))
+	wentThrough(t, err)
 	for mode, pod := range pods {
 		wentThrough(t, cluster.Gone(t.Context(), pod))
 		decided(t, pod, mode+" delete allowed unknown ContainersTerminated")

@@ -390,20 +390,26 @@ func agentMetric(t *testing.T, metric string) string {
 	return ""
 }
 
-// leftoverIsReported tells what a forced removal leaves behind where nothing guards: it is said without being asked, for as long as
-// it lasts, and new pods are kept away from it.
-func leftoverIsReported(t *testing.T) {
-	t.Parallel()
-	ns := moded(t, "off")
-	stuck := stuckFS(t, ns)
-	pod := start(t, stuck.StuckPod(ns, "payment-0"))
+// leftover is what a forced removal leaves behind where nothing guards.
+type leftover struct {
+	stuck *incident.StuckFS
+	pod   *corev1.Pod
+	// words are in the message of the node's condition, which has been as it is since then.
+	words     []string
+	condition corev1.NodeCondition
+}
+
+// isReported makes a leftover: it is told of without being asked, and new pods are kept away from it.
+func (l *leftover) isReported(t *testing.T) {
+	ns := l.pod.Namespace
+	pod := l.pod
 	process := unkillable(t, pod)
 	awaitCondition(t, corev1.ConditionFalse)
 	wentThrough(t, forceDelete(t, pod))
 	wentThrough(t, cluster.Gone(t.Context(), pod))
 
-	words := []string{"1 leftover", ns + "/payment-0", string(pod.UID), pod.Status.PodIP, fmt.Sprintf("process %d (dd) is in state D", process.PID)}
-	condition := awaitCondition(t, corev1.ConditionTrue, words...)
+	l.words = []string{"1 leftover", ns + "/payment-0", string(pod.UID), pod.Status.PodIP, fmt.Sprintf("process %d (dd) is in state D", process.PID)}
+	l.condition = awaitCondition(t, corev1.ConditionTrue, l.words...)
 	awaitTaint(t, incident.Node, true)
 	awaitNodeEvent(t, incident.Node, "LeftoverFound", ns+"/payment-0")
 	if got := agentMetric(t, "eni_guard_leftovers"); got != "1" {
@@ -416,8 +422,10 @@ func leftoverIsReported(t *testing.T) {
 	if found := inspectOnTheHost(t, "--all"); found.status != 1 || len(found.Leftovers) != 1 || found.NotCompared != "" {
 		t.Errorf("on the host: got %+v", found)
 	}
+}
 
-	// While the runtime is away, nothing is called gone.
+// isReportedUntilItGoes takes the runtime away, during which nothing is called gone, and then lets go of the leftover.
+func (l *leftover) isReportedUntilItGoes(t *testing.T) {
 	startRuntime := killDaemon(t, "containerd")
 	wentThrough(t, incident.Wait(t.Context(), 2*time.Minute, "the agent to notice that the runtime is away", func(context.Context) error {
 		if up := agentMetric(t, `eni_guard_probe_up{probe="runtime"}`); up != "0" {
@@ -425,15 +433,15 @@ func leftoverIsReported(t *testing.T) {
 		}
 		return nil
 	}))
-	if now := awaitCondition(t, corev1.ConditionTrue, words[:4]...); now.LastTransitionTime != condition.LastTransitionTime {
-		t.Errorf("the condition has changed from %+v to %+v", condition, now)
+	if now := awaitCondition(t, corev1.ConditionTrue, l.words[:4]...); now.LastTransitionTime != l.condition.LastTransitionTime {
+		t.Errorf("the condition has changed from %+v to %+v", l.condition, now)
 	}
 	startRuntime()
 
-	wentThrough(t, stuck.Release())
+	wentThrough(t, l.stuck.Release())
 	awaitCondition(t, corev1.ConditionFalse)
 	awaitTaint(t, incident.Node, false)
-	awaitNodeEvent(t, incident.Node, "LeftoverGone", ns+"/payment-0")
+	awaitNodeEvent(t, incident.Node, "LeftoverGone", l.pod.Namespace+"/payment-0")
 	restored(t)
 }
 

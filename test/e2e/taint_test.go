@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -26,34 +25,14 @@ const (
 // othersTaint is not the guard's.
 const othersTaint = "example.com/mine"
 
-// A node with a leftover gets no new pods, for as long as the leftover is there and the chart says so. Of one node its agent speaks,
-// and of one that has no agent this test.
-func TestANodeWithALeftoverIsTainted(t *testing.T) {
-	t.Cleanup(func() {
-		wentThrough(t, taintNodes(context.Background(), false))
-		restored(t)
-	})
-	wentThrough(t, taintNodes(t.Context(), true))
-	restored(t)
-	leader(t)
-	node := taintedGhost(t)
-	inWebhookLog(t, `"msg":"put the taint on a node"`, node)
-	t.Run("while it is there", func(t *testing.T) {
-		t.Run("by the agent", leftoverIsReported)
-		t.Run("by the test", func(t *testing.T) {
-			t.Parallel()
-			awaitNodeEvent(t, node, "NodeTainted", "keeps new pods away, because one could be given an address that is still in use here: the test says so")
-			setOrphaned(t, node, corev1.ConditionFalse)
-			awaitTaint(t, node, false)
-			awaitNodeEvent(t, node, "NodeUntainted", "nothing is reported to be left over any more")
-			setOrphaned(t, node, corev1.ConditionTrue)
-			awaitTaint(t, node, true)
-		})
-	})
-	inWebhookLog(t, `"msg":"took the taint from a node"`, node)
-	wentThrough(t, taintNodes(t.Context(), false))
+// taintsAGhost says of a node that has no agent that something is left over there, and that it is not.
+func taintsAGhost(t *testing.T, node string) {
+	awaitNodeEvent(t, node, "NodeTainted", "keeps new pods away, because one could be given an address that is still in use here: the test says so")
+	setOrphaned(t, node, corev1.ConditionFalse)
 	awaitTaint(t, node, false)
-	awaitNodeEvent(t, node, "NodeUntainted", "the guard puts no taints on nodes any more")
+	awaitNodeEvent(t, node, "NodeUntainted", "nothing is reported to be left over any more")
+	setOrphaned(t, node, corev1.ConditionTrue)
+	awaitTaint(t, node, true)
 }
 
 // taintedGhost makes a node without an agent that the guard has tainted, beside somebody else.
@@ -64,16 +43,6 @@ func taintedGhost(t *testing.T) string {
 	setOrphaned(t, node, corev1.ConditionTrue)
 	awaitTaint(t, node, true)
 	return node
-}
-
-// taintNodes sets the chart's value.
-func taintNodes(ctx context.Context, wanted bool) error {
-	out, err := helm(ctx, "upgrade", "eni-guard", filepath.Join(repo, "charts/eni-guard"), "--reuse-values",
-		"--set", fmt.Sprintf("taintOrphanedNodes=%v", wanted), "--wait", "--timeout", "2m")
-	if err != nil {
-		return fmt.Errorf("%w\n%s", err, out)
-	}
-	return nil
 }
 
 // setOrphaned says of a node what an agent would.

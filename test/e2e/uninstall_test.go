@@ -62,8 +62,7 @@ func guardObjects(t *testing.T) string {
 // Nothing would ever free the pods that the guard holds once it is gone. So it frees them first, or stays.
 func TestUninstall(t *testing.T) {
 	reinstalled(t)
-	wentThrough(t, taintNodes(t.Context(), true))
-	restored(t)
+	upgraded(t, "taintOrphanedNodes=true")
 	ns := moded(t, "hold")
 	stuck := stuckFS(t, ns)
 	first, _ := heldStuckPod(t, stuck, ns, "payment-0")
