@@ -23,3 +23,11 @@ func BenchmarkProcesses(b *testing.B) {
 		})
 	}
 }
+
+// Looking at all of this machine, as for leftovers, without a runtime.
+func BenchmarkSurvey(b *testing.B) {
+	i := newInspector("node-a", realNode, fakeRuntime(knowsNothing))
+	for b.Loop() {
+		_ = i.survey(b.Context())
+	}
+}

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 )
@@ -91,6 +92,9 @@ func (h Host) podCgroups(ctx context.Context, root string, wanted func(uid strin
 			return fs.SkipDir
 		}
 		of, ok := podOfCgroup(entry.Name())
+		if !ok && leaf(entry) {
+			return fs.SkipDir
+		}
 		if !ok {
 			return nil
 		}
@@ -107,6 +111,17 @@ func (h Host) podCgroups(ctx context.Context, root string, wanted func(uid strin
 		return nil, fmt.Errorf("no pod has a cgroup below %s: this is not the node's cgroup hierarchy", root)
 	}
 	return found, nil
+}
+
+// leaf says whether a cgroup has none below it: the directory then has two links (fs/kernfs/inode.c, kernfs_refresh_inode). To read the
+// directory instead would be to read the names of dozens of files, in each hierarchy of version 1.
+func leaf(entry fs.DirEntry) bool {
+	info, err := entry.Info()
+	if err != nil {
+		return false
+	}
+	stat, ok := info.Sys().(*syscall.Stat_t)
+	return ok && stat.Nlink == 2
 }
 
 // unit says whether a cgroup is that of a systemd unit of one of the kinds that hold no slices.
@@ -171,6 +186,9 @@ func cgroupPIDs(ctx context.Context, groups []string) ([]int, error) {
 					return fmt.Errorf("%s/cgroup.procs has a process of another PID namespace: the agent does not run in the host's", path)
 				}
 				pids = append(pids, pid)
+			}
+			if leaf(entry) {
+				return fs.SkipDir
 			}
 			return nil
 		})
