@@ -275,8 +275,8 @@ func TestNetnsPath(t *testing.T) {
 	}{
 		{"a pod's own", `{"pid":1,"runtimeSpec":{"linux":{"namespaces":[{"type":"pid"},{"type":"network","path":"/var/run/netns/cni-1"}]}}}`, "/run/netns/cni-1", ""},
 		{"the host's", `{"runtimeSpec":{"linux":{"namespaces":[{"type":"pid"}]}}}`, "", ""},
-		{"no spec", `{"pid":0}`, "", "has no runtimeSpec"},
-		{"not verbose", ``, "", "as of one whose record is damaged"},
+		{"no spec", `{"pid":0}`, "", "tells no runtimeSpec"},
+		{"not verbose", ``, "", "whose record is damaged"},
 		{"something else", `pid=1`, "", "is not JSON"},
 	} {
 		t.Run(test.name, func(t *testing.T) {

@@ -158,7 +158,10 @@ func (r *Runtime) records(ctx context.Context, selector map[string]string) (podR
 		if status.Code(err) == codes.NotFound && !r.listed(ctx, s.id) {
 			continue // removed since it was listed
 		}
-		if err != nil {
+		// For its own pod that matters. Among all, one that has ended and whose record is damaged hides nothing: if its namespace is
+		// there, it is nobody's.
+		damaged := errors.Is(err, errDamaged) || status.Code(err) == codes.NotFound
+		if err != nil && (selector != nil || s.ready || !damaged) {
 			unread = append(unread, runtimeError(err))
 		}
 		found.sandboxes = append(found.sandboxes, s)
@@ -241,6 +244,10 @@ func additionalIPs(network *runtimeapi.PodSandboxNetworkStatus) []string {
 	return ips
 }
 
+// errDamaged is of a sandbox of which the runtime knows no more than that it is there. containerd 2 keeps such a record when somebody has
+// removed the sandbox's container.
+var errDamaged = errors.New("the runtime tells no runtimeSpec of it, as of a sandbox whose record is damaged, so its network namespace is not known")
+
 // verboseDetails reads the verbose status of a sandbox. CRI has no fields for these; containerd
 // (internal/cri/types.SandboxInfo) and CRI-O (server/sandbox_status.go, createSandboxInfo) both put the sandbox's process
 // and its OCI runtime spec into "info".
@@ -254,14 +261,14 @@ func verboseDetails(info string) (details, error) {
 			} `json:"linux"`
 		} `json:"runtimeSpec"`
 	}
-	if info == "" { // of a record that is damaged: containerd 2 keeps a sandbox whose container somebody has removed
-		return details{}, errors.New("the runtime tells neither its process nor its network namespace, as of one whose record is damaged")
+	if info == "" {
+		return details{}, errDamaged
 	}
 	if err := json.Unmarshal([]byte(info), &verbose); err != nil {
 		return details{}, fmt.Errorf("the runtime's verbose sandbox status is not JSON: %w", err)
 	}
 	if verbose.RuntimeSpec == nil {
-		return details{}, errors.New("the runtime's verbose sandbox status has no runtimeSpec, so the network namespace is not known")
+		return details{}, errDamaged
 	}
 	d := details{pid: verbose.PID, cgroup: verbose.RuntimeSpec.Linux.CgroupsPath}
 	for _, ns := range verbose.RuntimeSpec.Linux.Namespaces {

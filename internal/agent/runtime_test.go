@@ -70,7 +70,7 @@ func (r *recordedCRI) ListPodSandbox(_ context.Context, request *runtimeapi.List
 		}
 		return &runtimeapi.ListPodSandboxResponse{}, nil
 	}
-	if uid := request.GetFilter().GetLabelSelector()["io.kubernetes.pod.uid"]; uid != podUID || request.GetFilter().GetState() != nil {
+	if labels := request.GetFilter().GetLabelSelector(); len(labels) > 0 && labels["io.kubernetes.pod.uid"] != podUID || request.GetFilter().GetState() != nil {
 		return nil, fmt.Errorf("listed with %v", request.GetFilter())
 	}
 	response := &runtimeapi.ListPodSandboxResponse{Items: []*runtimeapi.PodSandbox{{Id: "removed-since"}}}
@@ -97,7 +97,7 @@ func (r *recordedCRI) PodSandboxStatus(_ context.Context, request *runtimeapi.Po
 }
 
 func (r *recordedCRI) ListContainers(_ context.Context, request *runtimeapi.ListContainersRequest) (*runtimeapi.ListContainersResponse, error) {
-	if uid := request.GetFilter().GetLabelSelector()["io.kubernetes.pod.uid"]; uid != podUID {
+	if labels := request.GetFilter().GetLabelSelector(); len(labels) > 0 && labels["io.kubernetes.pod.uid"] != podUID {
 		return nil, fmt.Errorf("listed with %v", request.GetFilter())
 	}
 	return &runtimeapi.ListContainersResponse{Containers: r.containers}, r.failure("ListContainers")
@@ -257,6 +257,32 @@ func TestASandboxWithoutAStatus(t *testing.T) {
 	found, err := serveCRI(t, cri).pod(t.Context(), podUID)
 	if err == nil || !strings.Contains(err.Error(), "no such sandbox") || len(found.sandboxes) != 3 {
 		t.Errorf("got %+v (%v)", found, err)
+	}
+}
+
+// A damaged record of one pod's sandbox leaves that pod unknown, and says nothing about others; unless the runtime calls it ready.
+func TestADamagedRecord(t *testing.T) {
+	for _, test := range []struct {
+		state      runtimeapi.PodSandboxState
+		info       map[string]string
+		ofPod, all bool // whether that fails
+	}{
+		{runtimeapi.PodSandboxState_SANDBOX_NOTREADY, map[string]string{"info": `{"pid":0}`}, true, false},
+		{runtimeapi.PodSandboxState_SANDBOX_NOTREADY, nil, true, false},
+		{runtimeapi.PodSandboxState_SANDBOX_NOTREADY, map[string]string{"info": "garbage"}, true, true},
+		{runtimeapi.PodSandboxState_SANDBOX_READY, map[string]string{"info": `{"pid":0}`}, true, true},
+	} {
+		cri := twoSandboxes()
+		cri.sandboxes["old"] = &runtimeapi.PodSandboxStatusResponse{Status: &runtimeapi.PodSandboxStatus{State: test.state}, Info: test.info}
+		runtime := serveCRI(t, cri)
+		ofPod, err := runtime.pod(t.Context(), podUID)
+		if (err != nil) != test.ofPod || len(ofPod.sandboxes) != 2 {
+			t.Errorf("%s %v, of the pod: %+v (%v)", test.state, test.info, ofPod, err)
+		}
+		all, err := runtime.all(t.Context())
+		if (err != nil) != test.all || len(all.sandboxes) != 2 {
+			t.Errorf("%s %v, of all: %+v (%v)", test.state, test.info, all, err)
+		}
 	}
 }
 
