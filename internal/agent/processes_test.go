@@ -149,9 +149,11 @@ func TestProcesses(t *testing.T) {
 			h.thread(42, "java", "Z", "0", "")
 			h.thread(43, "java", "D", "nfs_wait", "net:[7]")
 		}, []sandbox.Process{{PID: 42, Command: "java", State: "D", WaitChannel: "nfs_wait", Started: started}}},
-		{"a zombie has let go", func(h recordedHost) {
+		{"zombies and dead threads have let go", func(h recordedHost) {
 			h.group("kubepods/pod"+podUID+"/c1", 42)
 			h.thread(42, "java", "Z", "0", "")
+			h.thread(43, "java", "X", "0", "")
+			h.thread(44, "java", "x", "0", "")
 		}, nil},
 		{"gone between the cgroup and /proc", func(h recordedHost) { h.group("kubepods/pod"+podUID+"/c1", 42) }, nil},
 		{"a command with brackets and blanks", func(h recordedHost) {
