@@ -129,6 +129,7 @@ bench-scale: build bin/cluster ## Measure the webhook on a real API server with 
 fuzz: go ## Look for input that does harm; FUZZTIME=10m looks longer
 	go test ./webhook -run '^$$' -fuzz FuzzReview -fuzztime $(FUZZTIME) -fuzzminimizetime 10x
 	go test ./webhook -run '^$$' -fuzz FuzzOverride -fuzztime $(FUZZTIME) -fuzzminimizetime 10x
+	go test ./internal/auditlog -run '^$$' -fuzz FuzzSelection -fuzztime $(FUZZTIME) -fuzzminimizetime 10x
 
 lint: bin/golangci-lint bin/cluster ## Check the code, the modules and the chart
 	bin/golangci-lint run --allow-parallel-runners ./...

@@ -191,7 +191,7 @@ func (f *fileReader) readLines(ctx context.Context, from *lines) error {
 func (f *fileReader) time(text []byte) {
 	key := []byte(`"requestReceivedTimestamp":"`)
 	if start := bytes.LastIndex(text, key); start >= 0 {
-		value, _ := valueOf(text[start:], key)
+		value := valueOf(text[start:], key)
 		if at, err := time.Parse(time.RFC3339Nano, string(value)); err == nil {
 			f.part.cover(at)
 		}
@@ -200,8 +200,8 @@ func (f *fileReader) time(text []byte) {
 
 // subject says what the head of a line is about, in words that fit at the end of a problem.
 func subject(head []byte) string {
-	verb, _ := valueOf(head, verbKey)
-	address, _ := valueOf(head, []byte(`"requestURI":"`))
+	verb := valueOf(head, verbKey)
+	address := valueOf(head, []byte(`"requestURI":"`))
 	if len(verb) == 0 || len(address) == 0 {
 		return ""
 	}

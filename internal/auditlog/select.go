@@ -1,6 +1,9 @@
 package auditlog
 
-import "bytes"
+import (
+	"bytes"
+	"slices"
+)
 
 // Selection says which events the review needs. It errs on the side of too many: what it keeps is parsed and judged by the
 // review, what it leaves out is lost.
@@ -15,26 +18,35 @@ var (
 	canonicalHead = []byte(`{"kind":"Event","apiVersion":"` + knownVersion + `",`)
 	eventHead     = []byte(`{"kind":"Event`)
 	verbKey       = []byte(`"verb":"`)
-	resourceKey   = []byte(`"objectRef":{"resource":"`)
+	refKey        = []byte(`,"objectRef":{"`)
+	resourceKey   = []byte(`,"objectRef":{"resource":"`)
 	eviction      = []byte(`"eviction"`)
 	guardWord     = []byte("eni-guard")
-	ignoreWord    = []byte("ignore-by-terway")
 	quotedVersion = []byte(`"` + knownVersion + `"`)
+	// podWords are in a change of a pod that may matter: overrides, the label by which Terway lets go, and finalizers.
+	podWords = [][]byte{guardWord, []byte("ignore-by-terway"), []byte("finalizers")}
 	// nodeWords are the taint and the labels by which nodes are taken out of the guard's care.
 	nodeWords = [][]byte{[]byte("node.kubernetes.io/out-of-service"), []byte("virtual-kubelet"), []byte("windows")}
-	// anyWords has one word of every line that may matter.
-	anyWords = [][]byte{[]byte("delete"), eviction[1 : len(eviction)-1], guardWord, ignoreWord, nodeWords[0], nodeWords[1], nodeWords[2]}
+	// anyWords has one word of every event that may matter.
+	anyWords = slices.Concat(podWords, nodeWords, [][]byte{
+		[]byte("delete"), []byte("eviction"), []byte("validatingwebhookconfigurations"), []byte("validatingadmissionpolic"), []byte("rbac.authorization.k8s.io"),
+	})
 )
 
-// mayMatter says whether a line, as the API server writes it, may be of an event that the review needs. Verb and resource are looked
-// for as the API server's encoder puts them: in the order of the fields of its Event. Neither text can stand before them
-// in a value that a caller makes up, because there its quotes are escaped.
+// mayMatter says whether a line, as the API server writes it, may be of an event that the review needs. Only where verb and resource are where
+// the API server's encoder puts them, in the order of the fields of its Event, the line is left out; what is written in any other way is kept.
 func (s Selection) mayMatter(text []byte) bool {
-	verb, rest := valueOf(text, verbKey)
-	if len(verb) == 0 || !writes(verb) {
+	verb, rest, ok := canonicalVerb(text)
+	if !ok {
+		return true
+	}
+	if !writes(verb) {
 		return false
 	}
-	resource, rest := valueOf(rest, resourceKey)
+	resource, rest, ok := canonicalResource(rest)
+	if !ok {
+		return true
+	}
 	switch string(resource) {
 	case "pods":
 		switch string(verb) {
@@ -43,19 +55,72 @@ func (s Selection) mayMatter(text []byte) bool {
 		case "create":
 			return bytes.Contains(rest, eviction)
 		default:
-			return s.All || bytes.Contains(rest, guardWord) || bytes.Contains(rest, ignoreWord)
+			return s.All || mentions(rest, podWords)
 		}
 	case "namespaces":
-		return s.All || bytes.Contains(rest, guardWord)
+		return s.All || mentions(rest, [][]byte{guardWord, []byte(s.GuardNamespace)})
 	case "nodes":
-		return s.All || string(verb) == "delete" || containsAny(rest, nodeWords)
-	case "validatingwebhookconfigurations", "validatingadmissionpolicies", "validatingadmissionpolicybindings":
+		return s.All || string(verb) == "delete" || string(verb) == "deletecollection" || mentions(rest, nodeWords)
+	case "validatingwebhookconfigurations", "validatingadmissionpolicies", "validatingadmissionpolicybindings",
+		"clusterroles", "roles", "clusterrolebindings", "rolebindings":
 		return true
 	case "deployments", "daemonsets":
 		return bytes.Contains(rest, []byte(s.GuardNamespace))
 	default:
 		return false
 	}
+}
+
+// canonicalVerb goes through the fields before the verb and returns that, and what follows it. Callers choose the audit ID and the address, so
+// their ends are looked for; a verb with an escape is not what the API server writes.
+func canonicalVerb(text []byte) (verb, rest []byte, ok bool) {
+	if rest, ok = bytes.CutPrefix(text, canonicalHead); !ok {
+		return nil, nil, false
+	}
+	for _, key := range []string{`"level":"`, `"auditID":"`, `"stage":"`, `"requestURI":"`} {
+		if rest, ok = bytes.CutPrefix(rest, []byte(key)); !ok {
+			return nil, nil, false
+		}
+		if rest = afterText(rest); len(rest) == 0 || rest[0] != ',' {
+			return nil, nil, false
+		}
+		rest = rest[1:]
+	}
+	if rest, ok = bytes.CutPrefix(rest, verbKey); !ok {
+		return nil, nil, false
+	}
+	verb, rest, ok = bytes.Cut(rest, []byte(`"`))
+	return verb, rest, ok && bytes.IndexByte(verb, '\\') < 0 && bytes.HasPrefix(rest, []byte(`,"user":{`))
+}
+
+// afterText is what follows a text of JSON, from behind its first quote on; nothing if it has no end.
+func afterText(text []byte) []byte {
+	for {
+		end := bytes.IndexByte(text, '"')
+		if end < 0 {
+			return nil
+		}
+		escapes := 0
+		for escapes < end && text[end-1-escapes] == '\\' {
+			escapes++
+		}
+		if escapes%2 == 0 {
+			return text[end+1:]
+		}
+		text = text[end+1:]
+	}
+}
+
+// canonicalResource returns the resource, and what follows it. Before it there are only texts and lists of texts, in which its key cannot stand:
+// no quote is one there. Bodies can have it, and follow it.
+func canonicalResource(text []byte) (resource, rest []byte, ok bool) {
+	at := bytes.Index(text, refKey)
+	if at < 0 || !bytes.HasPrefix(text[at:], resourceKey) ||
+		bytes.Contains(text[:at], []byte(`"requestObject"`)) || bytes.Contains(text[:at], []byte(`"responseObject"`)) {
+		return nil, nil, false
+	}
+	resource, rest, ok = bytes.Cut(text[at+len(resourceKey):], []byte(`"`))
+	return resource, rest, ok && bytes.IndexByte(resource, '\\') < 0
 }
 
 func writes(verb []byte) bool {
@@ -66,30 +131,50 @@ func writes(verb []byte) bool {
 	return false
 }
 
-// valueOf returns the text behind a key, and what follows it; nothing if the key is not there.
-func valueOf(text, key []byte) (value, rest []byte) {
-	start := bytes.Index(text, key)
-	if start < 0 {
-		return nil, nil
+// valueOf returns the text behind a key; nothing if the key is not there.
+func valueOf(text, key []byte) []byte {
+	_, text, _ = bytes.Cut(text, key)
+	value, _, ended := bytes.Cut(text, []byte(`"`))
+	if !ended {
+		return nil
 	}
-	text = text[start+len(key):]
-	end := bytes.IndexByte(text, '"')
-	if end < 0 {
-		return nil, nil
-	}
-	return text[:end], text[end:]
+	return value
 }
 
 // mayMatterAnyhow is mayMatter for a line that is written in another order, or with spaces.
 func (s Selection) mayMatterAnyhow(text []byte) bool {
-	return s.All || containsAny(text, anyWords) || bytes.Contains(text, []byte(s.GuardNamespace))
+	return s.All || mentions(text, anyWords) || bytes.Contains(text, []byte(s.GuardNamespace))
 }
 
-func containsAny(text []byte, words [][]byte) bool {
+// mentions says whether one of the words is in a text, or may be: a patch is in the log as its sender has written it, and any letter can be
+// written as an escape.
+func mentions(text []byte, words [][]byte) bool {
 	for _, word := range words {
 		if bytes.Contains(text, word) {
 			return true
 		}
 	}
-	return false
+	return escapesLetters(text)
+}
+
+// escapesLetters says whether something is written as an escape that nobody needs. The API server's encoder escapes &, < and >, two kinds of ends of
+// lines, and what cannot be printed.
+func escapesLetters(text []byte) bool {
+	for {
+		at := bytes.Index(text, []byte(`\u`))
+		if at < 0 {
+			return false
+		}
+		text = text[at+2:]
+		if len(text) < 4 {
+			return true
+		}
+		switch string(bytes.ToLower(text[:4])) {
+		case "0026", "003c", "003e", "2028", "2029":
+		default:
+			if text[0] == '0' && text[1] == '0' && text[2] >= '2' && text[2] <= '7' {
+				return true
+			}
+		}
+	}
 }
