@@ -297,7 +297,7 @@ func (c *Change) right(g Guard, verb string, body written) bool {
 	own := c.Name == g.Release || strings.HasPrefix(c.Name, g.Release+"-")
 	var to []string
 	for _, subject := range body.Subjects {
-		to = append(to, strings.TrimPrefix(strings.Join([]string{subject.Kind, subject.Namespace, subject.Name}, " "), " "))
+		to = append(to, strings.Join(strings.Fields(subject.Kind+" "+subject.Namespace+" "+subject.Name), " "))
 	}
 	overrides := slices.ContainsFunc(body.Rules, func(rule struct{ Verbs, APIGroups, Resources []string }) bool {
 		return slices.Contains(rule.Resources, forceDeletes)

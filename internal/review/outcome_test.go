@@ -1,0 +1,205 @@
+package review
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/eni-guard/eni-guard/internal/auditlog"
+)
+
+const forcedBody = `{"gracePeriodSeconds":0}`
+
+func decidedAs(decision string) []string {
+	return []string{guardPrefix + "decision=" + decision, guardPrefix + "reason=x", guardPrefix + "pod=shop/web-0", guardPrefix + "pod-uid=u", guardPrefix + "path=delete", guardPrefix + "node=node-1"}
+}
+
+// What the API server has answered says what became of a removal; the decision alone does not.
+func TestTheOutcomeOfARemoval(t *testing.T) {
+	finalizer := pod(markedNow+`,"finalizers":["example.com/hook"]`, "", "")
+	collected := event("deletecollection  500", "", forcedBody, "", guardPrefix+`pod.u={"decision":"allowed","path":"collection","pod-uid":"u","pod":"shop/web-0"}`)
+	for _, c := range []struct {
+		name  string
+		event *auditlog.Event
+		want  Outcome
+	}{
+		{"let through", event("delete  200", "", forcedBody, pod(markedNow, "", ""), decidedAs("audited")...), OutcomeRemoved},
+		{"not asked", event("delete  200", "", forcedBody, pod(markedNow, "", "")), OutcomeRemoved},
+		{"held by the guard", event("delete  200", "", forcedBody, "", decidedAs("held")...), OutcomeHeld},
+		{"held by somebody else's finalizer", event("delete  200", "", forcedBody, finalizer, decidedAs("audited")...), OutcomeHeld},
+		{"held, though nobody was asked", event("delete  200", "", forcedBody, finalizer), OutcomeHeld},
+		{"refused", event("delete  409", "", forcedBody, "", decidedAs("denied")...), OutcomeRefused},
+		{"let through, and refused by another webhook", event("delete  403", "", forcedBody, "", decidedAs("overridden")...), OutcomeFailed},
+		{"let through, and gone already", event("delete  404", "", forcedBody, "", decidedAs("allowed")...), OutcomeFailed},
+		{"no answer on record", event("delete  0", "", forcedBody, "", decidedAs("allowed")...), OutcomeUntold},
+		{"a collection that failed", collected, OutcomeUntold},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			rows := guard.removalsOf(c.event, &Untold{})
+			if len(rows) != 1 || rows[0].Outcome != c.want {
+				t.Errorf("not %s: %+v", c.want, rows)
+			}
+		})
+	}
+}
+
+// later is an event so many seconds after the first.
+func later(seconds int, e *auditlog.Event) *auditlog.Event {
+	e.Received = e.Received.Add(time.Duration(seconds) * time.Second)
+	e.AuditID = fmt.Sprint(seconds)
+	return e
+}
+
+// Who removed it in the end, and how long after: whatever has kept it.
+func TestWhatBecameOfPodsThatWereKept(t *testing.T) {
+	kubelet := func() *auditlog.Event {
+		e := event("delete  200", "", `{"gracePeriodSeconds":0,"preconditions":{"uid":"u"}}`, "")
+		e.User.Username, e.User.Groups = "system:node:node-1", []string{"system:nodes"}
+		return e
+	}
+	strip := func(body string) *auditlog.Event { return event("patch  200", "", body, "") }
+	held := func() *auditlog.Event { return event("delete  200", "", forcedBody, "", decidedAs("held")...) }
+	failed := func() *auditlog.Event { return event("delete  403", "", forcedBody, "", decidedAs("overridden")...) }
+	denied := func() *auditlog.Event { return event("delete  409", "", forcedBody, "", decidedAs("denied")...) }
+	for _, c := range []struct {
+		name   string
+		events []*auditlog.Event
+		want   string
+	}{
+		{"a kubelet's delete leaves a held pod", []*auditlog.Event{held(), later(1, kubelet())}, ""},
+		{"somebody takes all finalizers", []*auditlog.Event{held(), later(1, kubelet()), later(5, strip(`{"metadata":{"finalizers":null}}`))}, "stripped by jo after 5"},
+		{"somebody takes one by its number", []*auditlog.Event{held(), later(5, strip(`[{"op":"remove","path":"/metadata/finalizers/0"}]`))}, "stripped by jo after 5"},
+		{"somebody takes the guard's", []*auditlog.Event{held(), later(5, strip(`{"metadata":{"$deleteFromPrimitiveList/finalizers":["eni-guard.io/sandbox-in-use"]}}`))}, "forced by jo after 5"},
+		{"finalizers do not keep a refused pod", []*auditlog.Event{denied(), later(2, strip(`{"metadata":{"finalizers":[]}}`)), later(5, kubelet())}, "ended by system:node:node-1 after 5"},
+		{"after a removal that failed", []*auditlog.Event{failed(), later(7, kubelet())}, "ended by system:node:node-1 after 7"},
+		{"not what was before", []*auditlog.Event{later(3, denied()), kubelet()}, ""},
+		{"the first that came", []*auditlog.Event{denied(), later(9, kubelet()), later(4, kubelet())}, "ended by system:node:node-1 after 4"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			for range 2 {
+				found := reportOf(t, c.events...)
+				got := ""
+				if then := found.Removals[0].Then; then != nil {
+					got = fmt.Sprintf("%s by %s after %g", then.How, then.By, then.After)
+				}
+				if got != c.want {
+					t.Errorf("%q, not %q", got, c.want)
+				}
+				slices.Reverse(c.events)
+			}
+		})
+	}
+}
+
+// Several backends may record one event, at several levels, with bodies cut off or not.
+func TestTheFullestCopyOfAnEventCounts(t *testing.T) {
+	full := func() *auditlog.Event {
+		return event("delete  200", "", `{"gracePeriodSeconds":30}`, pod(markedSoon, "", ""))
+	}
+	metadata := func() *auditlog.Event { return event("delete  200", "", "", "") }
+	forced := event("delete  200", "", forcedBody, pod(markedNow, "", ""))
+	cut := event("delete  200", "", forcedBody, "")
+	panicked := event("delete  500", "", forcedBody, "")
+	panicked.Stage = auditlog.StagePanic
+	for _, c := range []struct {
+		name      string
+		copies    []*auditlog.Event
+		rows      string
+		undecided int64
+	}{
+		{"graceful", []*auditlog.Event{full(), metadata()}, "", 0},
+		{"nothing but metadata", []*auditlog.Event{metadata(), metadata()}, "", 1},
+		{"forced, its answer cut off in one copy", []*auditlog.Event{cut, forced}, "node-1", 0},
+		{"a panic", []*auditlog.Event{panicked, forced}, "node-1", 0},
+	} {
+		for range 2 {
+			found := reportOf(t, c.copies...)
+			var nodes []string
+			for _, r := range found.Removals {
+				nodes = append(nodes, r.Node)
+			}
+			if strings.Join(nodes, " ") != c.rows || found.Untold.Deletes != c.undecided {
+				t.Errorf("%s: %q and %d untold, not %q and %d", c.name, nodes, found.Untold.Deletes, c.rows, c.undecided)
+			}
+			slices.Reverse(c.copies)
+		}
+	}
+}
+
+// A removal of which the log does not have what a filter asks about is neither selected nor silently left out.
+func TestAFilterTellsWhatItCannotTell(t *testing.T) {
+	review := New(guard)
+	defer review.Close()
+	unanswered := later(1, event("delete  500", "", forcedBody, ""))
+	unanswered.ResponseStatus.Message = `failed calling webhook "force-delete.eni-guard.io": connection refused`
+	for _, e := range []*auditlog.Event{event("delete  200", "", forcedBody, pod(markedNow, "", "")), unanswered, later(2, event("delete  200", "", "", ""))} {
+		if err := review.Add(e); err != nil {
+			t.Fatal(err)
+		}
+	}
+	const uid = "8c3f5a52-0d3c-4d0e-9d3e-0123456789ab"
+	for _, c := range []struct {
+		name                       string
+		filter                     Filter
+		rows, unmatched, undecided int
+	}{
+		{"everything", Filter{}, 2, 0, 1},
+		{"the node", Filter{Nodes: []string{"node-1"}}, 1, 1, 1},
+		{"another node", Filter{Nodes: []string{"node-2"}}, 0, 1, 1},
+		{"the pod", Filter{Pods: []string{"web-0"}}, 2, 0, 1},
+		{"another pod", Filter{Pods: []string{"web-1"}}, 0, 0, 0},
+		{"a UID", Filter{Pods: []string{uid}}, 0, 1, 1},
+		{"another namespace", Filter{Namespaces: []string{"bank"}}, 0, 0, 0},
+		{"another user", Filter{Users: []string{"mo"}, Nodes: []string{"node-1"}}, 0, 0, 0},
+		{"later", Filter{Since: time.Unix(100, 0)}, 0, 0, 0},
+	} {
+		found := report(t, review, c.filter)
+		if len(found.Removals) != c.rows || int(found.Untold.Unmatched) != c.unmatched || int(found.Untold.Deletes) != c.undecided {
+			t.Errorf("%s: %d rows, %d cannot be told, %d deletes untold; not %d, %d, %d", c.name, len(found.Removals), found.Untold.Unmatched, found.Untold.Deletes, c.rows, c.unmatched, c.undecided)
+		}
+	}
+}
+
+// Filters are for changes, too.
+func TestFiltersSelectChanges(t *testing.T) {
+	review := New(guard)
+	defer review.Close()
+	on := func(at int, e *auditlog.Event, resource, namespace, name string) *auditlog.Event {
+		e = later(at, e)
+		e.ObjectRef = auditlog.ObjectRef{Resource: resource, Namespace: namespace, Name: name}
+		return e
+	}
+	off := `{"metadata":{"labels":{"eni-guard.io/mode":"off"}}}`
+	for _, e := range []*auditlog.Event{
+		on(1, event("patch  200", "", off, ""), "namespaces", "shop", "shop"),
+		on(2, event("patch  200", "", off, ""), "namespaces", "bank", "bank"),
+		on(3, event("patch  200", "", `{"metadata":{"annotations":{"eni-guard.io/allow-force-delete":"fire"}}}`, ""), "pods", "shop", "web-0"),
+		on(4, event("delete  200", "", "", ""), "nodes", "", "node-1"),
+		on(5, event("delete  200", "", "", ""), "validatingwebhookconfigurations", "", "eni-guard"),
+	} {
+		if err := review.Add(e); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, c := range []struct {
+		filter Filter
+		want   string
+	}{
+		{Filter{}, "1 2 3 4 5"},
+		{Filter{Namespaces: []string{"shop"}}, "1 3 4 5"},
+		{Filter{Pods: []string{"web-1"}}, "1 2 4 5"},
+		{Filter{Nodes: []string{"node-2"}}, "1 2 3 5"},
+		{Filter{Users: []string{"mo"}}, ""},
+		{Filter{Since: time.Unix(4, 0), Until: time.Unix(6, 0)}, "3 4"},
+	} {
+		var got []string
+		for _, change := range report(t, review, c.filter).Changes {
+			got = append(got, change.AuditID)
+		}
+		if strings.Join(got, " ") != c.want {
+			t.Errorf("%+v: %v, not %s", c.filter, got, c.want)
+		}
+	}
+}
