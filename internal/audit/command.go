@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 	"golang.org/x/term"
 
 	"github.com/eni-guard/eni-guard/internal/auditlog"
@@ -56,7 +57,7 @@ of Alibaba Cloud exports them; packed with gzip or zstd or not. A FILE may be a 
 is also what is read without any FILE.
 
 Exit status: 0 reviewed; 1 a decision of --fail-on is there, or --check found something lacking; 2 a log could not be read, has a line
-that could not be read with --strict, or does not show what --check looks for; 64 wrong usage.`,
+that could not be read with --strict, does not show what --check looks for, or reading it was interrupted: once ends with the report so far, twice at once; 64 wrong usage.`,
 		Example: `  # who removed what by force in the last week?
   eni-guard audit --since 7d '/var/log/kubernetes/audit*.log*'
   # for a colleague, as one file that needs nothing else
@@ -67,6 +68,9 @@ that could not be read with --strict, or does not show what --check looks for; 6
   eni-guard audit --check audit.log`,
 		Args: cobra.ArbitraryArgs,
 		RunE: func(cmd *cobra.Command, files []string) error {
+			if err := nothingAskedFor(cmd.Flags()); err != nil {
+				return exitstatus.With(exitstatus.Usage, err)
+			}
 			q, err := o.validate(files, time.Now())
 			if err != nil {
 				return exitstatus.With(exitstatus.Usage, err)
@@ -92,6 +96,24 @@ that could not be read with --strict, or does not show what --check looks for; 6
 	flags.StringVar(&o.release, "release", "eni-guard/eni-guard", "NAMESPACE/NAME of the guard's Helm release")
 	flags.StringSliceVar(&o.exempt, "exempt-namespaces", []string{"kube-system"}, "namespaces that are never guarded, the chart's exemptNamespaces; none if empty")
 	return cmd
+}
+
+// nothingAskedFor refuses a flag without a value, or with an empty one in its list, as a variable of a script leaves it that is not set: it would
+// ask for everything.
+func nothingAskedFor(flags *pflag.FlagSet) error {
+	var failed error
+	flags.Visit(func(flag *pflag.Flag) {
+		list, isList := flag.Value.(pflag.SliceValue)
+		empty := flag.Value.String() == ""
+		if isList {
+			empty = len(list.GetSlice()) == 0 || slices.Contains(list.GetSlice(), "")
+		}
+		// No exempt namespace at all makes sense.
+		if empty && failed == nil && (flag.Name != "exempt-namespaces" || len(list.GetSlice()) > 0) {
+			failed = fmt.Errorf("--%s has an empty value; leave it out to ask for everything", flag.Name)
+		}
+	})
+	return failed
 }
 
 var (
@@ -186,7 +208,12 @@ func (q question) run(ctx context.Context, in io.Reader, out, messages io.Writer
 	switch {
 	case q.check:
 		return q.runCheck(ctx, reader, sources, out, messages)
+	case q.follow && len(sources) != 1:
+		return exitstatus.With(exitstatus.Usage, fmt.Errorf("--follow needs one FILE, and %s is %d", q.files[0], len(sources)))
 	case q.follow:
+		if err := sources[0].Followable(); err != nil {
+			return exitstatus.With(exitstatus.Usage, fmt.Errorf("--follow: %w", err))
+		}
 		return q.runFollow(ctx, reader, sources[0], out)
 	}
 	d, err := q.review(ctx, reader, sources, messages)
@@ -202,6 +229,9 @@ func (q question) run(ctx context.Context, in io.Reader, out, messages io.Writer
 			fmt.Fprintln(messages, line)
 		}
 	}
+	if d.interrupted {
+		return exitstatus.With(exitUnread, errors.New("interrupted: the report is about what was read until then"))
+	}
 	if slices.ContainsFunc(d.Totals.Decisions, func(c review.Count) bool { return slices.Contains(q.fail, review.Decision(c.Name)) }) {
 		return exitstatus.Error(exitFound)
 	}
@@ -216,6 +246,7 @@ func (q question) run(ctx context.Context, in io.Reader, out, messages io.Writer
 func (q question) review(ctx context.Context, reader *auditlog.Reader, sources []auditlog.Source, messages io.Writer) (d document, err error) {
 	found := review.New(q.guard)
 	defer func() { err = errors.Join(err, found.Close()) }()
+	interrupted := ctx
 	ctx, stop := context.WithCancelCause(ctx)
 	defer stop(nil)
 	reader.Each = func(e *auditlog.Event) {
@@ -223,7 +254,11 @@ func (q question) review(ctx context.Context, reader *auditlog.Reader, sources [
 			stop(fmt.Errorf("keeping what was read: %w", err))
 		}
 	}
-	if d.log, err = readShown(ctx, reader, sources, messages); err != nil {
+	d.log, err = readShown(ctx, reader, sources, messages)
+	if d.interrupted = errors.Is(err, context.Canceled) && interrupted.Err() != nil; d.interrupted {
+		err = nil
+	}
+	if err != nil {
 		return d, cmp.Or(context.Cause(ctx), err)
 	}
 	d.Report, err = found.Report(q.filter)
@@ -234,6 +269,9 @@ func (q question) review(ctx context.Context, reader *auditlog.Reader, sources [
 type document struct {
 	log auditlog.Summary
 	*review.Report
+
+	// interrupted says that somebody did not want to wait for the end.
+	interrupted bool
 }
 
 func (d document) print(out io.Writer, format string) error {

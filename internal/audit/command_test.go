@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -273,6 +274,13 @@ func TestExitStatus(t *testing.T) {
 		{"no release", "", []string{"--release", "eni-guard"}, exitstatus.Usage, "is not NAMESPACE/NAME"},
 		{"following nothing", "", []string{"--follow"}, exitstatus.Usage, "--follow needs one FILE"},
 		{"following two", "", []string{"--follow", everyWay, scenarios}, exitstatus.Usage, "--follow needs one FILE"},
+		{"following several", "", []string{"--follow", "../review/testdata/*.log.gz"}, exitstatus.Usage, "--follow needs one FILE, and ../review/testdata/*.log.gz is 2"},
+		{"following what is packed", "", []string{"--follow", everyWay}, exitstatus.Usage, "is packed, so nothing is written to it any more"},
+		{"a user that is not set", "", []string{"--user", "", everyWay}, exitstatus.Usage, "--user has an empty value"},
+		{"one of two that is not set", "", []string{"--namespace", "shop,", everyWay}, exitstatus.Usage, "--namespace has an empty value"},
+		{"a time that is not set", "", []string{"--since", "", everyWay}, exitstatus.Usage, "--since has an empty value"},
+		{"nothing to fail on", "", []string{"--fail-on=", everyWay}, exitstatus.Usage, "--fail-on has an empty value"},
+		{"no exempt namespaces", "", []string{"--exempt-namespaces=", everyWay}, 0, "slipped-past"},
 		{"following as a page", "", []string{"--follow", "-o", "html", everyWay}, exitstatus.Usage, "--follow has no end"},
 		{"a check of a part", "", []string{"--check", "--since", "7d", everyWay}, exitstatus.Usage, "no filter goes with it"},
 		{"a check as a page", "", []string{"--check", "-o", "html", everyWay}, exitstatus.Usage, "--check prints a table"},
@@ -302,6 +310,58 @@ func TestTimes(t *testing.T) {
 		if got, err := parseTime(text, now); err != nil || !got.Equal(want) {
 			t.Errorf("%q: %s, %v", text, got, err)
 		}
+	}
+}
+
+// Who does not want to wait any longer gets what was read until then, also where nothing comes any more.
+func TestAnInterruptEndsWithTheReportSoFar(t *testing.T) {
+	in, write := io.Pipe()
+	defer write.Close()
+	ctx, interrupt := context.WithCancel(t.Context())
+	var out bytes.Buffer
+	cmd := NewCommand()
+	cmd.SilenceErrors, cmd.SilenceUsage = true, true
+	cmd.SetIn(in)
+	cmd.SetOut(&out)
+	cmd.SetArgs([]string{})
+	ended := make(chan error, 1)
+	go func() { ended <- cmd.ExecuteContext(ctx) }()
+	for line := range strings.Lines(recordedLog(t)) {
+		if _, err := io.WriteString(write, line); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// Whether all that was written has been read by then is not certain, but the first buffer of it has.
+	interrupt()
+	select {
+	case err := <-ended:
+		if status, _ := errors.AsType[exitstatus.Error](err); status != exitUnread || !strings.Contains(err.Error(), "interrupted") || !strings.Contains(out.String(), "by force") {
+			t.Errorf("%v:\n%s", err, out.String())
+		}
+	case <-time.After(time.Minute):
+		t.Fatal("it goes on")
+	}
+}
+
+// A pipe gives what it has; there is no file to look at again.
+func TestAPipeCannotBeFollowed(t *testing.T) {
+	pipe := filepath.Join(t.TempDir(), "pipe")
+	if err := syscall.Mkfifo(pipe, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	writer := make(chan error, 1)
+	go func() {
+		file, err := os.OpenFile(pipe, os.O_WRONLY, 0)
+		if err == nil {
+			err = file.Close()
+		}
+		writer <- err
+	}()
+	if _, status, err := run(t, "", "--follow", pipe); status != exitstatus.Usage || !strings.Contains(err.Error(), "is a pipe") {
+		t.Errorf("status %d, %v", status, err)
+	}
+	if err := <-writer; err != nil {
+		t.Error(err)
 	}
 }
 

@@ -13,22 +13,27 @@ import (
 // progressEvery is how often the progress is drawn anew.
 const progressEvery = 200 * time.Millisecond
 
-// readShown reads, and shows on a terminal how far it is, how fast, and how long it will take. Of standard input the size is not known, so
-// nothing is shown there.
+// readShown reads, and shows on a terminal how far it is, how fast, and how long it will take. Of a pipe the size is not known: there it shows how
+// much was read, and how fast.
 func readShown(ctx context.Context, reader *auditlog.Reader, sources []auditlog.Source, messages io.Writer) (auditlog.Summary, error) {
 	var size int64
 	for _, source := range sources {
-		if source.Size == 0 {
-			return reader.Read(ctx, sources)
+		if source.Size < 0 || size < 0 {
+			size = -1
+			continue
 		}
 		size += source.Size
+	}
+	// There is nothing to see of nothing.
+	if size == 0 {
+		return reader.Read(ctx, sources)
 	}
 	if !isTerminal(messages) {
 		return reader.Read(ctx, sources)
 	}
 	bar := progressbar.NewOptions64(size,
 		progressbar.OptionSetWriter(messages), progressbar.OptionSetDescription("reading"), progressbar.OptionSetWidth(20),
-		progressbar.OptionShowBytes(true), progressbar.OptionUseIECUnits(true), progressbar.OptionSetPredictTime(true),
+		progressbar.OptionShowBytes(true), progressbar.OptionShowCount(), progressbar.OptionUseIECUnits(true), progressbar.OptionSetPredictTime(true),
 		progressbar.OptionClearOnFinish())
 	done, ended := make(chan struct{}), make(chan struct{})
 	go func() {
@@ -41,7 +46,11 @@ func readShown(ctx context.Context, reader *auditlog.Reader, sources []auditlog.
 				return
 			case <-tick.C:
 				// A terminal that cannot be written to says nothing about the log.
-				_ = bar.Set64(min(reader.Done(), size-1))
+				at := reader.Done()
+				if size > 0 {
+					at = min(at, size-1)
+				}
+				_ = bar.Set64(at)
 			}
 		}
 	}()

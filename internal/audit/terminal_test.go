@@ -3,6 +3,7 @@ package audit
 import (
 	"fmt"
 	"os"
+	"path/filepath"
 	"regexp"
 	"strings"
 	"testing"
@@ -78,33 +79,66 @@ func TestOnATerminalTheTableFitsAndHasColours(t *testing.T) {
 
 // The first event waits until the progress shows.
 func TestOnATerminalTheProgressShows(t *testing.T) {
-	user, screen := terminal(t, 120)
-	seen := make(chan string, 1)
-	go func() {
-		var text strings.Builder
-		progress := regexp.MustCompile(`reading +[0-9]+% .*B/s.*\[[0-9hms]+:[0-9hms]+\]`)
-		buffer := make([]byte, 4<<10)
-		for {
-			n, err := screen.Read(buffer)
-			text.Write(buffer[:n])
-			if err != nil || progress.MatchString(text.String()) {
-				seen <- text.String()
-				return
+	empty := filepath.Join(t.TempDir(), "empty.log")
+	if err := os.WriteFile(empty, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for name, c := range map[string]struct {
+		files []string
+		// shows is a regular expression.
+		shows string
+	}{
+		"packed":            {[]string{everyWay}, `reading +[0-9]+% .*B/s.*\[[0-9hms]+:[0-9hms]+\]`},
+		"with an empty one": {[]string{empty, everyWay}, `reading +[0-9]+% .*B/s.*\[[0-9hms]+:[0-9hms]+\]`},
+		"a pipe":            {[]string{"-"}, `reading \([0-9.]+ .?i?B, .*B/s\)`},
+		"a pipe and a file": {[]string{everyWay, "-"}, `reading \([0-9.]+ .?i?B, .*B/s\)`},
+	} {
+		t.Run(name, func(t *testing.T) {
+			user, screen := terminal(t, 120)
+			seen := make(chan string, 1)
+			go func() {
+				var text strings.Builder
+				progress := regexp.MustCompile(c.shows)
+				buffer := make([]byte, 4<<10)
+				for {
+					n, err := screen.Read(buffer)
+					text.Write(buffer[:n])
+					if err != nil || progress.MatchString(text.String()) {
+						seen <- text.String()
+						return
+					}
+				}
+			}()
+			sources, err := auditlog.Sources(c.files, strings.NewReader(recordedLog(t)))
+			if err != nil {
+				t.Fatal(err)
 			}
-		}
-	}()
-	sources, err := auditlog.Sources([]string{everyWay}, nil)
+			shown := ""
+			reader := &auditlog.Reader{Selection: auditlog.Selection{GuardNamespace: "eni-guard"}, Each: func(*auditlog.Event) {
+				if shown == "" {
+					shown = <-seen
+				}
+			}}
+			if read, err := readShown(t.Context(), reader, sources, user); err != nil || read.Lines == 0 {
+				t.Errorf("%+v, %v", read, err)
+			}
+			t.Logf("%q", shown)
+		})
+	}
+}
+
+// Of nothing, nothing is shown, and it ends.
+func TestTheProgressOfNothing(t *testing.T) {
+	empty := filepath.Join(t.TempDir(), "empty.log")
+	if err := os.WriteFile(empty, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	user, _ := terminal(t, 120)
+	sources, err := auditlog.Sources([]string{empty}, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
-	shown := ""
-	reader := &auditlog.Reader{Selection: auditlog.Selection{GuardNamespace: "eni-guard"}, Each: func(*auditlog.Event) {
-		if shown == "" {
-			shown = <-seen
-		}
-	}}
-	if read, err := readShown(t.Context(), reader, sources, user); err != nil || read.Lines == 0 {
+	if read, err := readShown(t.Context(), &auditlog.Reader{}, sources, user); err != nil || read.Files != 1 {
 		t.Errorf("%+v, %v", read, err)
 	}
-	t.Logf("%q", shown)
 }

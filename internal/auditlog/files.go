@@ -19,7 +19,7 @@ import (
 type Source struct {
 	// Name is what problems are named by.
 	Name string
-	// Size is in bytes as it is on the disk; 0 where that cannot be known.
+	// Size is in bytes as it is on the disk; -1 where that cannot be known, as of a pipe.
 	Size int64
 	open func() (io.ReadCloser, error)
 }
@@ -39,7 +39,7 @@ func Sources(names []string, stdin io.Reader) ([]Source, error) {
 	for _, name := range names {
 		if name == Stdin {
 			if !slices.ContainsFunc(found, func(s Source) bool { return s.Name == "standard input" }) {
-				found = append(found, Source{Name: "standard input", open: func() (io.ReadCloser, error) { return io.NopCloser(stdin), nil }})
+				found = append(found, Source{Name: "standard input", Size: -1, open: func() (io.ReadCloser, error) { return io.NopCloser(stdin), nil }})
 			}
 			continue
 		}
@@ -84,7 +84,7 @@ func fileSource(path string) (Source, os.FileInfo, error) {
 	info, err := file.Stat()
 	if err == nil && !info.IsDir() && !info.Mode().IsRegular() {
 		// A pipe, whose writer would be told that nobody reads any more.
-		return Source{Name: path, open: func() (io.ReadCloser, error) { return file, nil }}, info, nil
+		return Source{Name: path, Size: -1, open: func() (io.ReadCloser, error) { return file, nil }}, info, nil
 	}
 	err = errors.Join(err, file.Close())
 	if err != nil {
@@ -99,6 +99,9 @@ func fileSource(path string) (Source, os.FileInfo, error) {
 // maxWindow bounds what a zstd stream makes its reader remember, in bytes; `zstd -19` needs 8 MiB.
 const maxWindow = 32 << 20
 
+func isGzip(head []byte) bool { return bytes.HasPrefix(head, []byte{0x1f, 0x8b}) }
+func isZstd(head []byte) bool { return bytes.HasPrefix(head, []byte{0x28, 0xb5, 0x2f, 0xfd}) }
+
 // decompress unpacks what is packed with gzip or zstd, known by how it begins, not by its name.
 func decompress(packed io.Reader) (io.Reader, func(), error) {
 	buffered := bufio.NewReaderSize(packed, 64<<10)
@@ -107,13 +110,13 @@ func decompress(packed io.Reader) (io.Reader, func(), error) {
 		return nil, nil, err
 	}
 	switch {
-	case bytes.HasPrefix(head, []byte{0x1f, 0x8b}):
+	case isGzip(head):
 		unpacked, err := gzip.NewReader(buffered)
 		if err != nil {
 			return nil, nil, fmt.Errorf("begins like gzip: %w", err)
 		}
 		return unpacked, func() {}, nil
-	case bytes.HasPrefix(head, []byte{0x28, 0xb5, 0x2f, 0xfd}):
+	case isZstd(head):
 		unpacked, err := zstd.NewReader(buffered, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(maxWindow))
 		if err != nil {
 			return nil, nil, fmt.Errorf("begins like zstd: %w", err)

@@ -3,6 +3,7 @@ package auditlog
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"io/fs"
 	"os"
@@ -11,6 +12,27 @@ import (
 
 // followEvery is how often a log is looked at that has nothing new.
 const followEvery = 200 * time.Millisecond
+
+// Followable says why a source cannot be followed, if so, before anything is read.
+func (s Source) Followable() error {
+	if s.Size < 0 {
+		return fmt.Errorf("%s is a pipe: what comes out of it is read to its end anyway", s.Name)
+	}
+	file, err := s.open()
+	if err != nil {
+		return err
+	}
+	defer file.Close()
+	head := make([]byte, 4)
+	n, err := io.ReadFull(file, head)
+	if err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF) {
+		return err
+	}
+	if isGzip(head[:n]) || isZstd(head[:n]) {
+		return fmt.Errorf("%s is packed, so nothing is written to it any more", s.Name)
+	}
+	return nil
+}
 
 // Follow returns a source that goes on with what is written to the file, also when it is rotated or cut, until the context ends.
 func (s Source) Follow(ctx context.Context) Source {

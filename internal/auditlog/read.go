@@ -135,7 +135,14 @@ func (f *fileReader) read(ctx context.Context) error {
 		return f.unread(0, "cannot be read: "+err.Error())
 	}
 	defer file.Close()
-	unpacked, closeIt, err := decompress(&counted{from: file, done: &f.done})
+	from := io.Reader(&counted{from: file, done: &f.done})
+	if f.source.Size < 0 {
+		from = &interruptible{ctx: ctx, from: from}
+	}
+	unpacked, closeIt, err := decompress(from)
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
 	if err != nil {
 		return f.unread(0, err.Error())
 	}
@@ -161,6 +168,9 @@ func (f *fileReader) readLines(ctx context.Context, from *lines) error {
 		if errors.Is(err, io.EOF) {
 			f.part.Lines = from.count
 			return nil
+		}
+		if ctx.Err() != nil {
+			return ctx.Err()
 		}
 		if err != nil {
 			return f.unread(from.count+1, "and what follows cannot be read: "+err.Error())
@@ -301,6 +311,43 @@ func (f *fileReader) problem(line int64, what string) error {
 		return errors.New(p.String())
 	}
 	return nil
+}
+
+// interruptible reads from a pipe, on which nothing may come for long, until the context ends.
+type interruptible struct {
+	ctx  context.Context
+	from io.Reader
+	// buffer is read to while nobody waits; left is what of it was not handed over yet.
+	buffer, left []byte
+	results      chan result
+}
+
+type result struct {
+	n   int
+	err error
+}
+
+func (r *interruptible) Read(p []byte) (int, error) {
+	if len(r.left) > 0 {
+		n := copy(p, r.left)
+		r.left = r.left[n:]
+		return n, nil
+	}
+	if r.results == nil {
+		r.buffer, r.results = make([]byte, 64<<10), make(chan result, 1)
+	}
+	go func() {
+		n, err := r.from.Read(r.buffer)
+		r.results <- result{n, err}
+	}()
+	select {
+	case <-r.ctx.Done():
+		return 0, r.ctx.Err()
+	case got := <-r.results:
+		n := copy(p, r.buffer[:got.n])
+		r.left = r.buffer[n:got.n]
+		return n, got.err
+	}
 }
 
 // counted counts what is read.
