@@ -92,6 +92,20 @@ func TestThePageInABrowser(t *testing.T) {
 	}
 }
 
+// On a telephone a table of ten columns would be cut off behind the second.
+func TestThePageOnANarrowScreen(t *testing.T) {
+	file, _ := pageOf(t, everyWay)
+	shot := filepath.Join(t.TempDir(), "page.png")
+	browse(t, file, "--window-size=500,12000", "--screenshot="+shot)
+	picture := colours(t, shot)
+	// The tags of the table, which its ninth column has; beside them, a total has the colour on its edge, and the time line has dots.
+	for name, colour := range map[string]uint32{"audited": 0xb58900, "slipped-past": 0xb3261e, "denied": 0x1f6fb2} {
+		if picture[colour] < 1500 {
+			t.Errorf("%d pixels have the colour of %s: its tags do not show", picture[colour], name)
+		}
+	}
+}
+
 // colours counts the pixels of a picture by their colour.
 func colours(t *testing.T, file string) map[uint32]int {
 	t.Helper()

@@ -227,7 +227,7 @@ func (d document) writeTimeline(m *markup) error {
 		return err
 	}
 	axis := len(lanes) * laneHeight
-	m.add("<h2>Time line</h2>\n<svg id=\"timeline\" viewBox=\"0 0 %d %d\" role=\"img\" aria-label=\"removals by time and decision\">\n", lineLeft+lineWidth+40, axis+30)
+	m.add("<h2>Time line</h2>\n<div class=\"line\"><svg id=\"timeline\" viewBox=\"0 0 %d %d\" role=\"img\" aria-label=\"removals by time and decision\">\n", lineLeft+lineWidth+40, axis+30)
 	for _, t := range ticks {
 		m.add("<line x1=\"%[1]g\" x2=\"%[1]g\" y1=\"0\" y2=\"%[2]d\" stroke=\"#e3e3e3\"/><text x=\"%[1]g\" y=\"%[3]d\" text-anchor=\"middle\">%[4]s</text>\n", t.X, axis, axis+20, t.Text)
 	}
@@ -239,7 +239,7 @@ func (d document) writeTimeline(m *markup) error {
 		}
 		m.raw("</g>\n")
 	}
-	m.raw("</svg>\n")
+	m.raw("</svg></div>\n")
 	return nil
 }
 
@@ -260,15 +260,30 @@ func (d document) writeRemovals(m *markup) error {
 		if err != nil {
 			return err
 		}
-		m.add("<tr><td class=\"time\">%s</td><td>%s", at(r.Time), r.User)
+		m.raw("<tr>")
+		cell := 0
+		// next begins the next cell, with its main text.
+		next := func(class, text string) {
+			if cell > 0 {
+				m.raw("</td>")
+			}
+			m.add("<td class=\"%s\" data-head=\"%s\">%s", class, removalHeads[cell], text)
+			cell++
+		}
+		next("time", at(r.Time))
+		next("", r.User)
 		m.optional("<small>by %s</small>", r.ImpersonatedBy)
-		m.add("</td><td>%s", strings.Join(r.SourceIPs, ", "))
+		next("", strings.Join(r.SourceIPs, ", "))
 		m.optional("<small>%s</small>", r.UserAgent)
-		m.add("</td><td>%s/%s</td><td>%s<small>%s</small></td>", r.Namespace, orUnknown(r.Pod), orUnknown(r.Node), orUnknown(strings.Join(r.Addresses, ", ")))
-		m.add("<td class=\"short\">%s</td><td class=\"short\">%s</td><td class=\"short\">%s</td>", r.Path, orUnknown(r.Mode), r.Verdict)
-		m.add("<td><span class=\"tag %s\">%s</span>", r.Decision, r.Decision)
-		m.optional("<small>%s</small>", string(r.Outcome))
-		m.add("</td><td>%s", r.Reason)
+		next("", r.Namespace+"/"+orUnknown(r.Pod))
+		next("", orUnknown(r.Node))
+		m.add("<small>%s</small>", orUnknown(strings.Join(r.Addresses, ", ")))
+		next("short", r.Path)
+		next("short", orUnknown(r.Mode))
+		next("short", r.Verdict)
+		next("", "")
+		m.add("<span class=\"tag %s\">%s</span><small>%s</small>", r.Decision, r.Decision, string(r.Outcome))
+		next("", r.Reason)
 		m.optional("<small>“%s”</small>", r.OverrideReason)
 		m.optional("<small>%s</small>", r.Evidence)
 		m.optional("<small>then: %s</small>", thenWords(r.Then))
