@@ -306,6 +306,13 @@ func TestPropertiesOfReports(t *testing.T) {
 		// Rotated files that overlap, as where one was copied while it was written.
 		overlap := min(len(log), cut+random.IntN(len(log)))
 		same(t, "overlapping files", reviewed(t, log[:overlap], b), whole)
+		// Many files, which are read at the same time, named in any order, each going on in the next.
+		var files [][]string
+		for at := 0; at < len(log); at += 100 {
+			files = append(files, log[at:min(len(log), at+120)])
+		}
+		random.Shuffle(len(files), func(i, j int) { files[i], files[j] = files[j], files[i] })
+		same(t, "shuffled files", reviewed(t, files...), whole)
 		shuffled := slices.Clone(log)
 		random.Shuffle(len(shuffled), func(i, j int) { shuffled[i], shuffled[j] = shuffled[j], shuffled[i] })
 		same(t, "shuffled lines", reviewed(t, shuffled), whole)
