@@ -73,6 +73,7 @@ func TestWhatBecameOfPodsThatWereKept(t *testing.T) {
 		{"somebody takes one by its number", []*auditlog.Event{held(), later(5, strip(`[{"op":"remove","path":"/metadata/finalizers/0"}]`))}, "stripped by jo after 5"},
 		{"somebody takes the guard's", []*auditlog.Event{held(), later(5, strip(`{"metadata":{"$deleteFromPrimitiveList/finalizers":["eni-guard.io/sandbox-in-use"]}}`))}, "forced by jo after 5"},
 		{"finalizers do not keep a refused pod", []*auditlog.Event{denied(), later(2, strip(`{"metadata":{"finalizers":[]}}`)), later(5, kubelet())}, "ended by system:node:node-1 after 5"},
+		{"finalizers do not keep a refused pod, and nothing else tells", []*auditlog.Event{denied(), later(2, strip(`{"metadata":{"finalizers":[]}}`))}, ""},
 		{"after a removal that failed", []*auditlog.Event{failed(), later(7, kubelet())}, "ended by system:node:node-1 after 7"},
 		{"not what was before", []*auditlog.Event{later(3, denied()), kubelet()}, ""},
 		{"the first that came", []*auditlog.Event{denied(), later(9, kubelet()), later(4, kubelet())}, "ended by system:node:node-1 after 4"},
@@ -200,6 +201,67 @@ func TestFiltersSelectChanges(t *testing.T) {
 		}
 		if strings.Join(got, " ") != c.want {
 			t.Errorf("%+v: %v, not %s", c.filter, got, c.want)
+		}
+	}
+}
+
+func overrideWith(reason string) *auditlog.Event {
+	return event("patch  200", "", `{"metadata":{"annotations":{"eni-guard.io/allow-force-delete":"`+reason+`"}}}`, "")
+}
+
+// Of several overrides the one counts that was on the pod when it went.
+func TestTheLastOverrideBeforeAPodWent(t *testing.T) {
+	found := reportOf(t,
+		overrideWith("too early"), later(1, event("delete  409", "", forcedBody, "", decidedAs("denied")...)), later(2, overrideWith("first")),
+		later(3, overrideWith("second")), later(4, event("delete  200", "", forcedBody, "", decidedAs("overridden")...)), later(5, overrideWith("too late")))
+	if then := found.Removals[0].Then; then == nil || then.Override != "second" || then.Decision != "overridden" {
+		t.Errorf("%+v", then)
+	}
+}
+
+// Who tries three times has one stuck pod.
+func TestAPodIsStuckOnce(t *testing.T) {
+	try := func(at int, uid string) *auditlog.Event {
+		annotations := append(decidedAs("denied"), guardPrefix+"verdict=bound", guardPrefix+"pod-uid="+uid)
+		return later(at, event("delete  409", "", forcedBody, "", annotations...))
+	}
+	if totals := reportOf(t, try(1, "u"), try(2, "u"), try(3, "u")).Totals; len(totals.StuckNodes)+len(totals.StuckWorkloads) != 0 {
+		t.Errorf("one pod: %+v", totals)
+	}
+	totals := reportOf(t, try(1, "u"), try(2, "v"), try(3, "u")).Totals
+	if want := []Count{{"node-1", 2}}; !slices.Equal(totals.StuckNodes, want) {
+		t.Errorf("two pods: %+v", totals.StuckNodes)
+	}
+	if want := []Count{{"shop/web", 2}}; !slices.Equal(totals.StuckWorkloads, want) {
+		t.Errorf("two pods: %+v", totals.StuckWorkloads)
+	}
+}
+
+// An update has the whole object: one that sets what was set already changes nothing about it.
+func TestAnUpdateThatRepeatsIsNoChange(t *testing.T) {
+	update := func(at int, mode string) *auditlog.Event {
+		e := later(at, event("update  200", "", `{"metadata":{"labels":{"eni-guard.io/mode":"`+mode+`"}}}`, ""))
+		e.ObjectRef = auditlog.ObjectRef{Resource: "namespaces", Namespace: "shop", Name: "shop"}
+		return e
+	}
+	var got []string
+	for _, c := range reportOf(t, update(1, "off"), update(2, "off"), update(3, "deny"), update(4, "off")).Changes {
+		got = append(got, c.AuditID)
+	}
+	if strings.Join(got, " ") != "1 3 4" {
+		t.Errorf("the changes are %v", got)
+	}
+}
+
+// Within the same microsecond, what a removal goes by was there before it.
+func TestAChangeCountsForARemovalAtTheSameTime(t *testing.T) {
+	for i := range 20 {
+		off := event("patch  200", "", `{"metadata":{"labels":{"eni-guard.io/mode":"off"}}}`, "")
+		off.ObjectRef = auditlog.ObjectRef{Resource: "namespaces", Namespace: "shop", Name: "shop"}
+		removal := event("delete  200", "", forcedBody, pod(markedNow, "", ""))
+		off.AuditID, removal.AuditID = fmt.Sprint("a", i), fmt.Sprint("b", i)
+		if r := reportOf(t, removal, off).Removals[0]; r.Reason != "ModeOff" {
+			t.Fatalf("it is %s", r.Reason)
 		}
 	}
 }
