@@ -245,6 +245,8 @@ func TestExitStatus(t *testing.T) {
 	const broken = "{\"kind\":\"Event\"\n"
 	metadata := `{"kind":"Event","apiVersion":"audit.k8s.io/v1","level":"Metadata","auditID":"1","stage":"ResponseComplete","requestURI":"/api/v1/namespaces/shop/pods/web-0","verb":"delete",` +
 		`"user":{"username":"jo"},"objectRef":{"resource":"pods","namespace":"shop","name":"web-0"},"responseStatus":{"code":200},"requestReceivedTimestamp":"2026-11-25T01:02:03.000004Z"}` + "\n"
+	const bound = `{"kind":"Event","apiVersion":"audit.k8s.io/v1","level":"RequestResponse","auditID":"rbac","stage":"ResponseComplete","requestURI":"/apis/rbac.authorization.k8s.io/v1/clusterrolebindings?dryRun=All","verb":"create",` +
+		`"user":{"username":"jo"},"objectRef":{"resource":"clusterrolebindings","name":"oncall","apiGroup":"rbac.authorization.k8s.io"},"responseStatus":{"code":201},"requestReceivedTimestamp":"2026-11-25T01:02:03.000004Z"}` + "\n"
 	for _, c := range []struct {
 		name, stdin string
 		args        []string
@@ -259,10 +261,12 @@ func TestExitStatus(t *testing.T) {
 		{"a broken line", broken, nil, 0, "standard input: line 1 is cut off or broken"},
 		{"a broken line, strict", broken, []string{"--strict"}, exitUnread, "standard input: line 1 is cut off or broken"},
 		{"what cannot be told", metadata, nil, 0, "1 deletes of pods: the log has neither a decision nor the pod"},
-		{"a log that has everything", "", []string{"--check", everyWay}, 0, "The log has what a review needs."},
+		{"a log that has everything", bound, []string{"--check", everyWay, "-"}, 0, "The log has what a review needs."},
+		{"a log without roles", "", []string{"--check", everyWay}, exitUnread, "not seen"},
+		{"a log without whole bindings", strings.ReplaceAll(bound, "RequestResponse", "Request"), []string{"--check", everyWay, "-"}, exitFound, "lacking: 1 of 1, such as rbac, at level Request"},
 		{"a log that lacks something", metadata, []string{"--check"}, exitFound, "lacking: 1 of 1, such as 1, at level Metadata"},
 		{"a log that does not show it", "", []string{"--check"}, exitUnread, "What was not seen"},
-		{"check in JSON", "", []string{"--check", "-o", "json", everyWay}, 0, `"level": "RequestResponse"`},
+		{"check in JSON", bound, []string{"--check", "-o", "json", everyWay, "-"}, 0, `"level": "RequestResponse"`},
 		{"no such flag", "", []string{"--none"}, exitstatus.Usage, "unknown flag"},
 		{"no such output", "", []string{"-o", "yaml"}, exitstatus.Usage, `--output "yaml" is none of table, json, csv, html`},
 		{"no such decision", "", []string{"--decision", "refused"}, exitstatus.Usage, `--decision "refused" is none of slipped-past, overridden`},

@@ -59,6 +59,9 @@ var needs = [...]struct {
 		return (e.ObjectRef.Resource == "deployments" || e.ObjectRef.Resource == "daemonsets") && e.ObjectRef.Namespace == g.Namespace &&
 			(e.ObjectRef.Subresource == "" || e.ObjectRef.Subresource == "scale") && changes(e)
 	}},
+	{Need{What: "changes of roles and bindings", Why: "who may override", Level: "RequestResponse"}, func(_ Guard, e *auditlog.Event) bool {
+		return rights[e.ObjectRef.Resource] != "" && changes(e)
+	}},
 }
 
 func onPods(e *auditlog.Event) bool { return e.ObjectRef.Resource == "pods" }
