@@ -3,6 +3,7 @@
 package chaos
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"flag"
@@ -22,6 +23,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
@@ -291,11 +293,13 @@ func (r *run) judge() {
 		return namespace == prefix+"deny" || namespace == prefix+"hold" || namespace == prefix+"canary"
 	}
 	asked := func(namespace string) bool { return namespace != prefix+"off" }
-	verdicts := map[string]map[observer.Verdict]int{}
+	verdicts, judged := map[string]map[observer.Verdict]int{}, map[types.UID]observer.Verdict{}
 	late := 0
 	for _, removal := range r.observer.Removals() {
 		record, accounted := history.Record(removal, guarded(removal.Pod.Namespace), operatorName)
+		record.Lost = !accounted && r.lost(removal.SeenAt)
 		verdict := observer.Judge(removal, record)
+		judged[removal.Pod.UID] = verdict
 		mode := strings.TrimPrefix(removal.Pod.Namespace, prefix)
 		if verdicts[mode] == nil {
 			verdicts[mode] = map[observer.Verdict]int{}
@@ -312,7 +316,7 @@ func (r *run) judge() {
 			r.t.Log(r.story(removal, verdict, record, history))
 		}
 		if asked(removal.Pod.Namespace) && !accounted {
-			if r.lost(removal.SeenAt) {
+			if record.Lost {
 				r.count("removals without a record", "the API server was killed meanwhile")
 			} else {
 				r.fail("%s: nothing on record says why its object went at %s", removal.Key(), removal.SeenAt.Format(time.RFC3339Nano))
@@ -334,11 +338,11 @@ func (r *run) judge() {
 	violations := 0
 	for _, s := range r.observer.SharedAddresses() {
 		what := fmt.Sprintf("address %s of pod %s/%s was somebody else's too: %q", s.Address, s.User.Namespace, s.User.Name, s.Other)
-		if guarded(s.User.Namespace) && s.User.Annotations[overrideAnnotation] == "" {
+		if verdict := judged[s.User.UID]; guarded(s.User.Namespace) && !verdict.Explained() {
 			violations++
 			r.fail("%s", what)
 		} else {
-			r.count("addresses in use that were given away", "controls and overrides")
+			r.count("addresses in use that were given away", cmp.Or(string(verdict), "of a control"))
 		}
 	}
 	watches, looks, longest, err := r.observer.Effort()

@@ -113,6 +113,28 @@ func TestWhatIsLeftWhenAnObjectGoes(t *testing.T) {
 	}
 }
 
+// An API server that is killed takes the record of its last moment with it. What it has removed then may have been an override.
+func TestARecordThatIsLost(t *testing.T) {
+	for name, c := range map[string]struct {
+		annotations map[string]string
+		lost        bool
+		want        Verdict
+	}{
+		"an override":            {map[string]string{overrideAnnotation: "a test"}, true, RecordLost},
+		"one that ends later":    {map[string]string{overrideAnnotation: "a test", untilAnnotation: at(11).Format(time.RFC3339)}, true, RecordLost},
+		"one that has ended":     {map[string]string{overrideAnnotation: "a test", untilAnnotation: at(9).Format(time.RFC3339)}, true, Violation},
+		"no override":            {nil, true, Violation},
+		"an override, no outage": {map[string]string{overrideAnnotation: "a test"}, false, Violation},
+	} {
+		r := Removal{Pod: pod(webUID, "web-0", webIP), SeenAt: at(10), StartedAt: at(0), LastBound: at(11), Judged: true}
+		r.Pod.Annotations = c.annotations
+		got := Judge(r, Record{Guarded: true, Lost: c.lost})
+		if got != c.want || got.Explained() != (c.want == RecordLost) {
+			t.Errorf("%s: got %q, want %q", name, got, c.want)
+		}
+	}
+}
+
 func TestAddressesOfTwoPods(t *testing.T) {
 	other := Process{ID: ProcessID{PID: 20, Start: 200}, Pod: otherUID, Netns: "net:[2]"}
 	second := Namespace{ID: "net:[2]", Path: "/run/netns/cni-b", Addresses: []netip.Addr{netip.MustParseAddr(webIP)}}

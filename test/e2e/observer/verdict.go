@@ -14,6 +14,9 @@ const (
 	Control Verdict = "would have been a violation"
 	// Overridden means: something was left, and somebody who may has said that it goes all the same.
 	Overridden Verdict = "authorised override"
+	// RecordLost means: something was left, the API server was killed before it could write down who has removed the object, and the
+	// pod had an override that was in force.
+	RecordLost Verdict = "override on it, record lost"
 	// ByKubelet means: something was left, and the kubelet of the node has said that the sandbox is gone. The guard is not asked.
 	ByKubelet Verdict = "the kubelet's own"
 	// ByContainers means: something was left of a finished pod, whose kubelet had reported every container terminated, while the
@@ -38,11 +41,16 @@ type Record struct {
 	ByKubelet bool
 	// Override says that a user with the right has deleted it while its override, with a reason, had not ended.
 	Override bool
+	// Lost says that the API server was killed when it would have written down who has removed the object.
+	Lost bool
 	// Reason is the guard's, of what it has let through.
 	Reason string
 	// FailedOpen says that a plain eviction has gone through without an answer of the webhook.
 	FailedOpen bool
 }
+
+// Explained says whether something was left for a reason that is no fault of the guard's, so that an address in use may be free.
+func (v Verdict) Explained() bool { return v != Clean && v != Violation && v != NotLookedAt && v != "" }
 
 // Judge says what a removal comes to.
 func Judge(r Removal, record Record) Verdict {
@@ -61,6 +69,8 @@ func Judge(r Removal, record Record) Verdict {
 		return Control
 	case record.Override:
 		return Overridden
+	case record.Lost && inForce(r, r.SeenAt):
+		return RecordLost
 	case record.ByKubelet:
 		return ByKubelet
 	case record.Reason == "ContainersTerminated":
