@@ -317,10 +317,25 @@ func TestTimes(t *testing.T) {
 	}
 }
 
+// stuck is a pipe on which nothing comes any more after some text. It tells when it is asked for more.
+type stuck struct {
+	text         *strings.Reader
+	asked, never chan struct{}
+}
+
+func (s *stuck) Read(p []byte) (int, error) {
+	if s.text.Len() > 0 {
+		return s.text.Read(p)
+	}
+	close(s.asked)
+	<-s.never
+	return 0, io.EOF
+}
+
 // Who does not want to wait any longer gets what was read until then, also where nothing comes any more.
 func TestAnInterruptEndsWithTheReportSoFar(t *testing.T) {
-	in, write := io.Pipe()
-	defer write.Close()
+	in := &stuck{text: strings.NewReader(recordedLog(t)), asked: make(chan struct{}), never: make(chan struct{})}
+	defer close(in.never)
 	ctx, interrupt := context.WithCancel(t.Context())
 	var out bytes.Buffer
 	cmd := NewCommand()
@@ -330,16 +345,11 @@ func TestAnInterruptEndsWithTheReportSoFar(t *testing.T) {
 	cmd.SetArgs([]string{})
 	ended := make(chan error, 1)
 	go func() { ended <- cmd.ExecuteContext(ctx) }()
-	for line := range strings.Lines(recordedLog(t)) {
-		if _, err := io.WriteString(write, line); err != nil {
-			t.Fatal(err)
-		}
-	}
-	// Whether all that was written has been read by then is not certain, but the first buffer of it has.
+	<-in.asked
 	interrupt()
 	select {
 	case err := <-ended:
-		if status, _ := errors.AsType[exitstatus.Error](err); status != exitUnread || !strings.Contains(err.Error(), "interrupted") || !strings.Contains(out.String(), "by force") {
+		if status, _ := errors.AsType[exitstatus.Error](err); status != exitUnread || !strings.Contains(err.Error(), "interrupted") || !strings.Contains(out.String(), "19 removals and tries by force") {
 			t.Errorf("%v:\n%s", err, out.String())
 		}
 	case <-time.After(time.Minute):

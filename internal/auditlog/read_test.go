@@ -133,6 +133,7 @@ func TestFormats(t *testing.T) {
 		"a list on one line":         "[" + removal("1") + "," + lookup + "," + removal("2") + "]",
 		"a list on several lines":    "[\n" + removal("1") + ",\n" + lookup + ",\n" + removal("2") + "\n]\n",
 		"a list for people":          "[\n" + indented(t, removal("1")) + ",\n" + indented(t, removal("2")) + "\n]\n",
+		"brackets in texts":          "[" + strings.Replace(removal("1"), `"sourceIPs"`, `"userAgent":"a\\\"}]{[\\\\","sourceIPs"`, 1) + "," + removal("2") + "]",
 		"printed for people":         indented(t, removal("1")) + "\n" + indented(t, lookup) + "\n" + indented(t, removal("2")) + "\n",
 		"a byte order mark":          "\xef\xbb\xbf" + two,
 		"by a container runtime":     cri("stdout F", removal("1")) + cri("stderr F", klog+"ready") + cri("stdout F", lookup) + cri("stdout F", removal("2")),
