@@ -46,6 +46,8 @@ const (
 	ReasonConfigurationDeleted = "ConfigurationDeleted"
 	// ReasonNoTrace means: nothing in the log says why the guard was not asked.
 	ReasonNoTrace = "NoTrace"
+	// ReasonAskedAgain means: the guard has refused, and then let through, what the API server asked about once more.
+	ReasonAskedAgain = "AskedAgain"
 	// ReasonGuardNamespace means: the pod is one of the guard's own namespace.
 	ReasonGuardNamespace = "GuardNamespace"
 	// ReasonExemptNamespace means: the pod is one of a namespace that is never guarded.
@@ -412,7 +414,27 @@ func (r *request) row(fields map[string]string) Removal {
 	if ips := fields["pod-ips"]; ips != "" {
 		row.Addresses = strings.Split(ips, ",")
 	}
+	r.askedAgain(&row)
 	return row
+}
+
+// askedAgain puts a refusal right after which the request went through all the same. The API server may ask first about a copy of the pod
+// that is out of date, say without the override that was just given, and then about the pod as it is
+// (k8s.io/apiserver pkg/storage/etcd3/store.go, conditionalDelete and GuaranteedUpdate). Of two values of an annotation it keeps the
+// first (pkg/audit/context.go). A collection goes through or fails as a whole, after some of its pods may have gone.
+func (r *request) askedAgain(row *Removal) {
+	if row.Decision != Decision(webhook.Denied) || !r.Succeeded() || r.path == webhook.PathCollection {
+		return
+	}
+	row.Inferred = true
+	switch reason, overridden := r.Annotations[policyReason]; {
+	case overridden:
+		row.Decision, row.Reason, row.OverrideReason = Decision(webhook.Overridden), string(webhook.ReasonOverride), reason
+	case r.failedOpen():
+		row.Decision, row.Reason = SlippedPast, ReasonWebhookDown
+	default:
+		row.Decision, row.Reason = Decision(webhook.Allowed), ReasonAskedAgain
+	}
 }
 
 // base is what every removal of the request has.
