@@ -15,7 +15,8 @@ import (
 const (
 	overrideAnnotation = "eni-guard.io/allow-force-delete"
 	untilAnnotation    = "eni-guard.io/allow-force-delete-until"
-	// overrideReason is the audit annotation of the policy that records overrides while no webhook answers.
+	// overrideReason is the audit annotation of the policy that records overrides, also while no webhook answers. Beside a refusal it tells
+	// that the API server has asked first about a copy of the pod that did not have the override yet.
 	overrideReason = "override.eni-guard.io/override-reason"
 	// failedOpenPrefix starts the keys that the API server puts on an event when a webhook has not answered and nobody minds
 	// (k8s.io/apiserver/pkg/admission/plugin/webhook/validating, ValidatingAuditAnnotationFailedOpenKeyPrefix).
@@ -110,6 +111,8 @@ func (h *History) Record(r Removal, guarded bool, overrider string) (record Reco
 			evicted := e.Verb == "create" && atOnce(r.Pod)
 			record.FailedOpen = record.FailedOpen || evicted
 			accounted = accounted || evicted || e.Annotations[overrideReason] != ""
+		case e.Annotations[overrideReason] != "":
+			accounted = true
 		}
 		record.Override = record.Override || done && e.Actor() == overrider && inForce(r, e.RequestReceivedTimestamp.Time)
 	}

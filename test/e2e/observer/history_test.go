@@ -2,6 +2,7 @@ package observer
 
 import (
 	"encoding/json"
+	"strings"
 	"testing"
 	"time"
 
@@ -42,6 +43,7 @@ func TestWhatTheAuditLogSaysOfARemoval(t *testing.T) {
 	ofAnother := `{"verb":"delete","user":{"username":"system:node:node-1"},"responseStatus":{"code":200},"requestObject":{"gracePeriodSeconds":0,"preconditions":{"uid":"` + string(otherUID) + `"}}}`
 	evicted := `{"verb":"create","objectRef":{"subresource":"eviction"},"responseStatus":{"code":201},"annotations":{` + failOpen + `}}`
 	byOperator := `{"verb":"delete","impersonatedUser":{"username":"` + operator + `"},"responseStatus":{"code":200},` + atOnceBody + `,"annotations":{` + own + `,"force-delete.eni-guard.io/decision":"overridden","force-delete.eni-guard.io/reason":"Override"}}`
+	askedAgain := strings.Replace(strings.Replace(byOperator, `"overridden"`, `"denied"`, 1), `"Override"}}`, `"SandboxBound","override.eni-guard.io/override-reason":"a test"}}`, 1)
 	gracefully := `{"verb":"create","objectRef":{"subresource":"eviction"},"responseStatus":{"code":201},"annotations":{` + own + `,"force-delete.eni-guard.io/decision":"exempt","force-delete.eni-guard.io/reason":"NotForced"}}`
 	collection := `{"verb":"deletecollection","objectRef":{"name":""},"responseStatus":{"code":409},"annotations":{"force-delete.eni-guard.io/pod.` + string(webUID) + `":"{\"decision\":\"held\",\"reason\":\"SandboxBound\"}"}}`
 	until := func(seconds int) map[string]string {
@@ -66,9 +68,10 @@ func TestWhatTheAuditLogSaysOfARemoval(t *testing.T) {
 		"failed open, a pod without time":       {[]string{evicted}, nil, true, Record{FailedOpen: true}, true},
 		"failed open, a pod with time":          {[]string{evicted}, nil, false, Record{}, false},
 		"an override":                           {[]string{byOperator}, map[string]string{overrideAnnotation: "a test"}, false, Record{Override: true, Reason: "Override"}, true},
-		"one without an annotation":             {[]string{byOperator}, nil, false, Record{Reason: "Override"}, true},
-		"one that ends later":                   {[]string{byOperator}, until(1), false, Record{Override: true, Reason: "Override"}, true},
-		"one that has ended":                    {[]string{byOperator}, until(0), false, Record{Reason: "Override"}, true},
+		"one that the copy the API server asked about first did not have": {[]string{askedAgain}, map[string]string{overrideAnnotation: "a test"}, false, Record{Override: true}, true},
+		"one without an annotation":                                       {[]string{byOperator}, nil, false, Record{Reason: "Override"}, true},
+		"one that ends later":                                             {[]string{byOperator}, until(1), false, Record{Override: true, Reason: "Override"}, true},
+		"one that has ended":                                              {[]string{byOperator}, until(0), false, Record{Reason: "Override"}, true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			var events []incident.AuditEvent
