@@ -96,10 +96,10 @@ func (c *holdController) Reconcile(ctx context.Context, request reconcile.Reques
 }
 
 // knewMore says whether something was found of the pod before, while now its node cannot be asked: an agent that is restarted must not
-// take away what people look for.
+// take away what people look for. One that answers, but cannot look everywhere, has not found it again.
 func knewMore(pod *corev1.Pod, d decision) bool {
 	before := pod.Annotations[HeldBecauseAnnotation]
-	return d.verdict != sandbox.Bound && before != "" && !strings.HasPrefix(before, cannotTell)
+	return d.reason == ReasonNoAnswer && before != "" && !strings.HasPrefix(before, cannotTell)
 }
 
 // judgeHeld decides about a held pod as about its removal, but waits for the release.

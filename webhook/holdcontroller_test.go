@@ -148,7 +148,11 @@ func TestReconcileAHeldPod(t *testing.T) {
 		"no answer": {noAnswer, heldOnNodeA(notKnown), nodeA(), "held", "cannot tell whether pod shop/web-0 is still alive on node node-a: the agent of node node-a does not run", "", holdRetry},
 		// An agent that is restarted must not take away what it has found.
 		"no answer, something found before": {noAnswer, heldOnNodeA(annotated(HeldBecauseAnnotation, "pod shop/web-0 is still alive on node node-a: a process")), nodeA(), "held", "pod shop/web-0 is still alive on node node-a: a process", "", holdRetry},
-		"bound, not known before":           {finds(alive), heldOnNodeA(annotated(HeldBecauseAnnotation, cannotTell+"shop/web-0")), nodeA(), "held", "pod shop/web-0 is still alive on node node-a: sandbox", "", holdRetry},
+		"nothing found any more, but not looked everywhere": {
+			func(context.Context, string, sandbox.Query) (sandbox.Report, error) { return failedProbe(), nil },
+			heldOnNodeA(annotated(HeldBecauseAnnotation, "pod shop/web-0 is still alive on node node-a: a process")), nodeA(), "held", "cannot tell whether pod shop/web-0 is still alive on node node-a: ", "", holdRetry,
+		},
+		"bound, not known before": {finds(alive), heldOnNodeA(annotated(HeldBecauseAnnotation, cannotTell+"shop/web-0")), nodeA(), "held", "pod shop/web-0 is still alive on node node-a: sandbox", "", holdRetry},
 		// Its sandbox may be stuck: what the kubelet says of the containers does not give up a pod that was bound.
 		"no answer, and finished": {noAnswer, heldOnNodeA(terminated, phase(corev1.PodFailed), notKnown), nodeA(), "held", "cannot tell whether", "", holdRetry},
 		"the node is gone":        {neverAsked, heldOnNodeA(), nil, "gone", "", "node node-a is gone", 0},
