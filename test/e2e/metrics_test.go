@@ -68,6 +68,9 @@ func TestMetricsOfTheInstalledGuard(t *testing.T) {
 		`eni_guard_probe_up{probe="netns"} 1`,
 	}
 	for _, name := range names {
+		if name[1] == "eni_guard_probe_hanging" {
+			continue // it has no series while nothing hangs
+		}
 		wants = append(wants, "# TYPE "+name[1]+" ")
 	}
 	// The leader tells of held pods, and an agent of its probes once it has looked at the node.
