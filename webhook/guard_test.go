@@ -104,6 +104,69 @@ func TestTheCallsOfOneRemovalAreOneDecision(t *testing.T) {
 	}
 }
 
+// Whoever reaches the webhook's port can send a review of his own about a pod, in the moment before he removes it. What he has invented
+// in it, so that the pod may go, does not count for the removal.
+func TestAnInventedReviewDoesNotCountForTheRealOne(t *testing.T) {
+	for name, invent := range map[string]func(*admissionv1.AdmissionRequest, *corev1.Pod){
+		"another node":       func(_ *admissionv1.AdmissionRequest, p *corev1.Pod) { p.Spec.NodeName = "node-b" },
+		"other addresses":    func(_ *admissionv1.AdmissionRequest, p *corev1.Pod) { p.Status.PodIPs, p.Status.PodIP = nil, "" },
+		"the host's network": func(_ *admissionv1.AdmissionRequest, p *corev1.Pod) { p.Spec.HostNetwork = true },
+		"a mirror pod": func(_ *admissionv1.AdmissionRequest, p *corev1.Pod) {
+			metav1.SetMetaDataAnnotation(&p.ObjectMeta, corev1.MirrorPodAnnotationKey, "x")
+		},
+		"a pod that Terway has always ignored": func(_ *admissionv1.AdmissionRequest, p *corev1.Pod) {
+			metav1.SetMetaDataLabel(&p.ObjectMeta, IgnoreLabel, "true")
+			p.CreationTimestamp = metav1.NewTime(testTime)
+			p.ManagedFields = []metav1.ManagedFieldsEntry{{
+				Time: &p.CreationTimestamp, FieldsV1: &metav1.FieldsV1{Raw: []byte(`{"f:metadata":{"f:labels":{"f:` + IgnoreLabel + `":{}}}}`)},
+			}}
+		},
+		"groups that may override": func(r *admissionv1.AdmissionRequest, _ *corev1.Pod) { r.UserInfo.Groups = []string{"system:masters"} },
+		"another namespace":        func(_ *admissionv1.AdmissionRequest, p *corev1.Pod) { p.Namespace = "audited" },
+	} {
+		t.Run(name, func(t *testing.T) {
+			guard := newGuard(func(_ context.Context, _ string, q sandbox.Query) (sandbox.Report, error) {
+				if q.Node == "node-b" || len(q.IPs) == 0 {
+					return allProbes(), nil
+				}
+				return allProbes(stuck()...), nil
+			}, nodeA(), nodeA(func(n *corev1.Node) { n.Name = "node-b" }), shop(""),
+				&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: "audited", Labels: map[string]string{ModeLabel: "audit"}}})
+			guard.access = accessFunc(func(user authenticationv1.UserInfo, _ *corev1.Pod) (bool, error) {
+				return slices.Contains(user.Groups, "system:masters"), nil
+			})
+			real := func() *corev1.Pod { return runningPod(annotated(OverrideAnnotation, "why")) }
+			pod := real()
+			request := deleteRequest(t, pod, new(int64(0)))
+			invent(request, pod)
+			request.OldObject = deleteRequest(t, pod, nil).OldObject
+			if response := reviewed(t, guard, nil, request); !response.Allowed {
+				t.Fatalf("the invented one is refused, so this proves nothing: %+v", response.Result)
+			}
+			if response := reviewed(t, guard, nil, deleteRequest(t, real(), new(int64(0)))); response.Allowed {
+				t.Errorf("the real one is let through: %v", response.AuditAnnotations)
+			}
+		})
+	}
+}
+
+// The same about a pod whose node does not answer: that its containers have ended is for its kubelet to say.
+func TestInventedContainersDoNotCountForTheRealPod(t *testing.T) {
+	guard := newGuard(func(context.Context, string, sandbox.Query) (sandbox.Report, error) {
+		return sandbox.Report{}, errors.New("did not answer")
+	}, nodeA(), shop(""))
+	failed := func(p *corev1.Pod) { p.Status.Phase = corev1.PodFailed }
+	ended := runningPod(failed, func(p *corev1.Pod) {
+		p.Status.ContainerStatuses = []corev1.ContainerStatus{{Name: "app", State: corev1.ContainerState{Terminated: &corev1.ContainerStateTerminated{}}}}
+	})
+	if response := reviewed(t, guard, nil, deleteRequest(t, ended, new(int64(0)))); !response.Allowed {
+		t.Fatalf("the invented one is refused, so this proves nothing: %+v", response.Result)
+	}
+	if response := reviewed(t, guard, nil, deleteRequest(t, runningPod(failed), new(int64(0)))); response.Allowed {
+		t.Errorf("the real one is let through: %v", response.AuditAnnotations)
+	}
+}
+
 // What looks like a repetition, and is a removal of its own.
 func TestOtherRemovalsAreJudgedAnew(t *testing.T) {
 	first := func(t *testing.T) *admissionv1.AdmissionRequest {

@@ -1,9 +1,12 @@
 package webhook
 
 import (
+	"fmt"
 	"sync"
 	"time"
 
+	authenticationv1 "k8s.io/api/authentication/v1"
+	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/types"
 )
 
@@ -31,10 +34,9 @@ type recentDecisions struct {
 
 // removalKey tells removals apart. The request's UID cannot: every call has one of its own.
 type removalKey struct {
-	pod           types.UID
-	path          Path
-	user          string
-	reason, until string
+	pod   types.UID
+	path  Path
+	facts string
 }
 
 type recentDecision struct {
@@ -43,8 +45,22 @@ type recentDecision struct {
 	at              time.Time
 }
 
+// keyOf puts into the key all that a decision takes from the request and that stays the same in all calls of one removal. Whoever
+// reaches the webhook's port may send reviews of their own, because API servers show no certificate: what was decided about an
+// invented node of the pod, or for invented groups of the user, must not stand for the real ones.
 func keyOf(r *removal) removalKey {
-	return removalKey{r.pod.UID, r.path, r.user.Username, r.pod.Annotations[OverrideAnnotation], r.pod.Annotations[OverrideUntilAnnotation]}
+	_, mirror := r.pod.Annotations[corev1.MirrorPodAnnotationKey]
+	facts := struct {
+		user                                     authenticationv1.UserInfo
+		namespace, name, node, addresses         string
+		reason, until                            string
+		hostNetwork, mirror, ignored, terminated bool
+	}{
+		r.user, r.pod.Namespace, r.pod.Name, r.pod.Spec.NodeName, addressWords(podIPs(r.pod)),
+		r.pod.Annotations[OverrideAnnotation], r.pod.Annotations[OverrideUntilAnnotation],
+		r.pod.Spec.HostNetwork, mirror, ignoredSinceCreation(r.pod), containersTerminated(r.pod),
+	}
+	return removalKey{r.pod.UID, r.path, fmt.Sprintf("%#v", facts)}
 }
 
 // get returns the decision about the removal that this call belongs to, if there was a call before it.
