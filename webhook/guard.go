@@ -77,7 +77,7 @@ func (g *Guard) review(ctx context.Context, log logr.Logger, request *admissionv
 		}
 	}
 	if d.outcome == Overridden && held(r.pod) && !r.dryRun {
-		g.holds.freeSoon(log, r.pod)
+		g.holds.freeSoon(log, g.live, r.pod)
 	}
 	if !repeated {
 		g.recent.put(r, d, g.now())

@@ -548,6 +548,31 @@ func TestAnOverrideFreesAHeldPod(t *testing.T) {
 	})
 }
 
+// A review that says of a held pod what the API server does not is of somebody else, who frees nothing by it.
+func TestAnInventedOverrideFreesNothing(t *testing.T) {
+	for name, test := range map[string]struct{ real, invented func(*corev1.Pod) }{
+		"an override": {annotated(), annotated(OverrideAnnotation, "invented")},
+		"another end": {annotated(OverrideAnnotation, "why", OverrideUntilAnnotation, "2026-01-01T00:00:00Z"),
+			annotated(OverrideAnnotation, "why", OverrideUntilAnnotation, "2099-01-01T00:00:00Z")},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				invented := runningPod(terminating(new(int64(0))), keptBy(Finalizer), test.invented)
+				guard, stored := holding(t, runningPod(terminating(new(int64(0))), keptBy(Finalizer), test.real), stuck()...)
+				guard.access = accessFunc(func(authenticationv1.UserInfo, *corev1.Pod) (bool, error) { return true, nil })
+				if response := reviewed(t, guard, nil, deleteRequest(t, invented, new(int64(0)))); response.AuditAnnotations["decision"] != "overridden" {
+					t.Fatalf("got %+v", response)
+				}
+				<-time.After(freeDelay)
+				synctest.Wait()
+				if !held(stored()) {
+					t.Error("the pod is free")
+				}
+			})
+		})
+	}
+}
+
 // updateRequest is what the API server sends for UPDATE of pods or, with subresource, of a part.
 func updateRequest(t testing.TB, before, after *corev1.Pod, subresource string) *admissionv1.AdmissionRequest {
 	t.Helper()

@@ -8,6 +8,8 @@ import (
 
 	"github.com/go-logr/logr"
 	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 )
@@ -71,21 +73,38 @@ func (h holder) free(ctx context.Context, pod client.Object) error {
 	return h.patch(ctx, pod, metadata)
 }
 
-// freeSoon frees a pod after the request that is being answered. Should that fail, the pod stays held, and the removal can
-// be asked for again.
-func (h holder) freeSoon(log logr.Logger, pod *corev1.Pod) {
-	anyVersion := &corev1.Pod{}
-	anyVersion.Namespace, anyVersion.Name, anyVersion.UID = pod.Namespace, pod.Name, pod.UID
+// freeSoon frees a pod after the request that is being answered, if the pod that live has carries the same override. So whoever can
+// reach the webhook's port, but not change the pod, frees nothing by a review of his own. Should it fail, the pod stays held, and the
+// removal can be asked for again.
+func (h holder) freeSoon(log logr.Logger, live client.Reader, pod *corev1.Pod) {
 	time.AfterFunc(freeDelay, func() {
 		ctx, cancel := context.WithTimeout(context.Background(), freeTimeout)
 		defer cancel()
 		log = log.WithValues("namespace", pod.Namespace, "pod", pod.Name, "podUID", pod.UID)
-		if err := h.free(ctx, anyVersion); client.IgnoreNotFound(err) != nil {
+		switch err := h.freeOverridden(ctx, live, pod); {
+		case apierrors.IsNotFound(err): // it is gone already
+		case err != nil:
 			log.Error(err, "could not free an overridden pod; delete it again, if it is still there")
-			return
+		default:
+			log.Info("freed a held pod", "reason", ReasonOverride)
 		}
-		log.Info("freed a held pod", "reason", ReasonOverride)
 	})
+}
+
+func (h holder) freeOverridden(ctx context.Context, live client.Reader, pod *corev1.Pod) error {
+	now := &metav1.PartialObjectMetadata{}
+	now.SetGroupVersionKind(corev1.SchemeGroupVersion.WithKind("Pod"))
+	if err := live.Get(ctx, client.ObjectKeyFromObject(pod), now); err != nil {
+		return err
+	}
+	for _, key := range []string{OverrideAnnotation, OverrideUntilAnnotation} {
+		if now.Annotations[key] != pod.Annotations[key] {
+			return fmt.Errorf("its annotation %s is %q, and not %q as in the review", key, now.Annotations[key], pod.Annotations[key])
+		}
+	}
+	anyVersion := &corev1.Pod{}
+	anyVersion.Namespace, anyVersion.Name, anyVersion.UID = pod.Namespace, pod.Name, pod.UID
+	return h.free(ctx, anyVersion)
 }
 
 func (h holder) patch(ctx context.Context, pod client.Object, metadata map[string]any) error {
