@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -16,6 +17,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/vishvananda/netlink"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/eni-guard/eni-guard/test/e2e/incident"
@@ -31,7 +33,7 @@ type fault struct {
 	slow bool
 }
 
-// network is the nftables table of these faults. `make cluster-down` removes it as well.
+// network is the nftables table of these faults. `make cluster-down` removes it as well; without it, no queue delays anything.
 const network = "eni-guard-test"
 
 func (r *run) faults() []fault {
@@ -63,7 +65,8 @@ func (r *run) faults() []fault {
 		stopped("one replica of the webhook stopped, until the API server gives up on it", "webhook", "/eni-guard", "webhook"),
 		filtered("network from webhook to agent cut", "drop"),
 		// What is over the limit is sent again after 200 ms, 400 ms and so on.
-		filtered("network from webhook to agent slow", "limit rate over 4/second burst 2 packets drop"),
+		filtered("network from webhook to agent loses packets", "limit rate over 4/second burst 2 packets drop"),
+		{name: "answers of the agent delayed", part: "network", inject: r.delay},
 		daemon("containerd"), daemon("kubelet"), daemon("etcd"), daemon("kube-apiserver"),
 		{name: "containerd stopped", part: "containerd", inject: func(context.Context) (func(context.Context) error, error) {
 			runtime, err := incident.Daemon("containerd")
@@ -116,6 +119,54 @@ func filter(ctx context.Context, rule string) error {
 		ip saddr 10.111.1.0/24 tcp dport 9807 %s
 	}
 }`, network, rule))
+}
+
+// delay has what the agent sends to replicas of the webhook wait in a queue for each, which lets 2 kB a second through: nothing is lost,
+// but a handshake takes more than a second, and what comes after others longer than a webhook waits. A fixed delay, for each packet alone,
+// would need netem, which not every kernel has; HTB is in most.
+func (r *run) delay(ctx context.Context) (mend func(context.Context) error, err error) {
+	webhooks, err := r.cluster.CoreV1().Pods(incident.GuardNamespace).List(ctx, metav1.ListOptions{LabelSelector: "app.kubernetes.io/component=webhook"})
+	if err != nil {
+		return nil, err
+	}
+	var queues []netlink.Qdisc
+	mend = func(ctx context.Context) error {
+		err := unfilter(ctx)
+		for _, queue := range queues {
+			// With a pod goes its device.
+			if failed := netlink.QdiscDel(queue); !errors.Is(failed, syscall.ENODEV) && !errors.Is(failed, syscall.ENOENT) {
+				err = errors.Join(err, failed)
+			}
+		}
+		return err
+	}
+	for _, pod := range webhooks.Items {
+		ip := net.ParseIP(pod.Status.PodIP)
+		if ip == nil {
+			continue // it has not started yet
+		}
+		routes, err := netlink.RouteGet(ip)
+		if err != nil {
+			return mend, fmt.Errorf("the way to %s: %w", ip, err)
+		}
+		device, root, slow := routes[0].LinkIndex, netlink.MakeHandle(1, 0), netlink.MakeHandle(1, 1)
+		// Of class 0, which is not there, is what waits for nothing.
+		queue := netlink.NewHtb(netlink.QdiscAttrs{LinkIndex: device, Handle: root, Parent: netlink.HANDLE_ROOT})
+		class := netlink.NewHtbClass(netlink.ClassAttrs{LinkIndex: device, Handle: slow, Parent: root}, netlink.HtbClassAttrs{Rate: 16_000})
+		if err := netlink.QdiscAdd(queue); err != nil {
+			return mend, fmt.Errorf("a queue for %s: %w", ip, err)
+		}
+		queues = append(queues, queue)
+		if err := netlink.ClassAdd(class); err != nil {
+			return mend, fmt.Errorf("a slow class in the queue for %s: %w", ip, err)
+		}
+	}
+	return mend, nft(ctx, fmt.Sprintf(`table inet %s {
+	chain output {
+		type filter hook output priority 0
+		ip daddr 10.111.1.0/24 tcp sport 9807 meta priority set 1:1
+	}
+}`, network))
 }
 
 func unfilter(ctx context.Context) error {
