@@ -91,6 +91,10 @@ func TestTheClusterWorksWithoutAnyWebhook(t *testing.T) {
 
 	for _, ns := range []string{namespace(t), metav1.NamespaceSystem} {
 		started := sleeper(t, ns, "web-"+rand.String(5), nil)
+		if ns == metav1.NamespaceSystem {
+			// What everything else needs to come back waits for nobody, not even if it is removed by force.
+			wentThrough(t, cluster.CoreV1().Pods(ns).Delete(t.Context(), started.Name, metav1.DeleteOptions{GracePeriodSeconds: new(int64(0)), DryRun: []string{metav1.DryRunAll}}))
+		}
 		wentThrough(t, plainDelete(t.Context(), cluster, started))
 		wentThrough(t, cluster.AwaitGone(t.Context(), started))
 	}
