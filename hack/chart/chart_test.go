@@ -88,6 +88,11 @@ func TestWrongValuesAreRefused(t *testing.T) {
 		"agent: {criSocket: run/containerd.sock}":                      "at '/agent/criSocket'",
 		"agent: {criSocket: /containerd.sock}":                         "at '/agent/criSocket'",
 		"agent: {leftoverGraceSeconds: 0}":                             "at '/agent/leftoverGraceSeconds'",
+		"certificates: null":                                           "missing property 'certificates'",
+		"certificates: {validity: null}":                               "at '/certificates': missing property 'validity'",
+		"certManager: null":                                            "missing property 'certManager'",
+		"certManager: {enabled: null}":                                 "at '/certManager': missing property 'enabled'",
+		"webhook: {priorityClassName: A B}":                            "at '/webhook/priorityClassName'",
 		"mode: warn":                                                   "at '/mode'",
 		"excludedNodes: type=virtual-kubelet":                          "at '/excludedNodes': got string, want array",
 		"excludedNodes: [type=a, b c]":                                 `excludedNodes[1]: "b c" is not a label selector`,
@@ -95,6 +100,7 @@ func TestWrongValuesAreRefused(t *testing.T) {
 		"image: {repository: 'Registry/eni-guard'}":                    "at '/image/repository'",
 		"image: {tag: 'a b'}":                                          "at '/image/tag'",
 		"image: {digest: 'sha256:12'}":                                 "at '/image/digest'",
+		"imagePullSecrets: [{name: A_B}]":                              "at '/imagePullSecrets/0/name': 'A_B' does not match pattern",
 		"imagePullSecrets: [registry]":                                 "at '/imagePullSecrets/0': got string, want object",
 		"commonLabels: {app.kubernetes.io/name: x}":                    "at '/commonLabels/app.kubernetes.io~1name'",
 		"webhook: {podLabels: {'a b': x}}":                             "at '/webhook/podLabels': additional properties 'a b' not allowed",
@@ -132,7 +138,7 @@ func TestValuesAtTheEdgeAreTaken(t *testing.T) {
 		"webhook: {podAnnotations: {example.com/Why: 'any text: ä'}}",
 		"agent: {resources: {requests: {cpu: 1000m}, limits: {cpu: 1}}}",
 		"agent: {resources: {requests: {memory: 1Gi}, limits: {memory: 1024Mi}}}",
-		"webhook: {resources: {requests: null}}",
+		"webhook: {resources: {requests: null}, priorityClassName: ''}",
 		"webhook: {resources: {limits: null, requests: {cpu: 2}}}",
 	} {
 		if _, err := render(repo, cluster{version: newest}, values(t, text)); err != nil {
