@@ -152,6 +152,7 @@ func TestAlertsFire(t *testing.T) {
 	const webhook, review = `up{job="eni-guard-webhook",instance="a"} `, `eni_guard_stage_duration_seconds_bucket{stage="review",le=`
 	cases := map[string]struct{ fires, silent string }{
 		"EniGuardWebhookDown": {webhook + "0x60\n", webhook + "1x60\n" + `up{job="eni-guard-webhook",instance="b"} 0x60`},
+		"EniGuardNoLeader":    {webhook + "1x60", webhook + "1x60\n" + `eni_guard_held_pods{instance="a"} 0x60`},
 		"EniGuardCallsFail": {
 			`apiserver_admission_webhook_rejection_count{name="force-delete.eni-guard.io",error_type="calling_webhook_error"} 0x57 1 2 3`,
 			`apiserver_admission_webhook_rejection_count{name="force-delete.eni-guard.io",error_type="calling_webhook_error"} 7x60
