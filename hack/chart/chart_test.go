@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"maps"
+	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -270,6 +271,25 @@ func TestPodsAreRestricted(t *testing.T) {
 	for _, name := range []string{"Deployment eni-guard-webhook", "Job eni-guard-free-held", "Pod eni-guard-test", "DaemonSet eni-guard-agent"} {
 		if _, was := checked[name]; !was {
 			t.Errorf("%s was not looked at", name)
+		}
+	}
+}
+
+// The agent listens at its node's address, of whichever family that is.
+func TestTheAddressesOfTheAgent(t *testing.T) {
+	args := podSpec(t, objects(t, cluster{version: newest}, nil)["DaemonSet eni-guard-agent"]).Containers[0].Args
+	for _, node := range []string{"127.0.0.1", "::1"} {
+		listening := 0
+		for _, arg := range args {
+			if _, address, is := strings.Cut(arg, "-address="); is {
+				host, _, err := net.SplitHostPort(strings.ReplaceAll(address, "$(NODE_IP)", node))
+				if listening++; err != nil || host != node && host != "127.0.0.1" {
+					t.Errorf("%s on node %s: %q, %v", arg, node, host, err)
+				}
+			}
+		}
+		if listening != 3 {
+			t.Errorf("it listens at %d addresses", listening)
 		}
 	}
 }
