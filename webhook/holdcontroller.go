@@ -6,12 +6,14 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/go-logr/logr"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/util/wait"
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/builder"
@@ -31,8 +33,8 @@ const (
 	holdRetry = 5 * time.Second
 	// conflictRetry is the pause before a pod is looked at again that has changed since it was read.
 	conflictRetry = time.Second
-	// unmarkedFor is how long a pod may carry Finalizer without being deleted. The request that it was held for has failed if
-	// it takes longer: the API server ends a request after a minute.
+	// unmarkedFor is for how long the controller must have seen a pod carry Finalizer without being deleted. The request that it was
+	// held for has failed by then: the API server ends a request after a minute.
 	unmarkedFor = 2 * time.Minute
 	// concurrentHolds bounds how many held pods are waited for at once. Waiting costs the webhook a connection, and the agent a
 	// look every other second; nodes that do not answer keep maxWaits of them each.
@@ -46,6 +48,17 @@ type holdController struct {
 	*Guard
 	pods client.Reader // cached, of pods with HeldLabel
 	log  logr.Logger
+	// unmarked has a firstSight of each held pod that is not being deleted, by its types.NamespacedName.
+	unmarked sync.Map
+}
+
+// firstSight is when the controller has first seen, by its own clock, that a pod is held since a time. What the annotation says is the
+// clock of another replica, or of whoever may annotate pods; and while an eviction is under way, nothing but the finalizer keeps
+// the pod, because the API server does not ask again.
+type firstSight struct {
+	uid   types.UID
+	since string
+	at    time.Time
 }
 
 func (c *holdController) setUp(manager ctrl.Manager) error {
@@ -69,6 +82,9 @@ var changesTheHold = predicate.Funcs{UpdateFunc: func(e event.UpdateEvent) bool 
 func (c *holdController) Reconcile(ctx context.Context, request reconcile.Request) (reconcile.Result, error) {
 	pod := &corev1.Pod{}
 	err := c.pods.Get(ctx, request.NamespacedName, pod)
+	if err != nil || !held(pod) || pod.DeletionTimestamp != nil {
+		c.unmarked.Delete(request.NamespacedName)
+	}
 	if apierrors.IsNotFound(err) {
 		return reconcile.Result{}, c.keepLabelled(ctx, request)
 	}
@@ -113,8 +129,13 @@ func (c *holdController) judgeHeld(ctx context.Context, pod *corev1.Pod) decisio
 // reconcileUnmarked takes the finalizer back from a pod that nobody deletes after all, because something else has refused
 // the request that it was held for.
 func (c *holdController) reconcileUnmarked(ctx context.Context, pod *corev1.Pod) (reconcile.Result, error) {
-	since, err := time.Parse(time.RFC3339, pod.Annotations[HeldSinceAnnotation])
-	if left := since.Add(unmarkedFor).Sub(c.now()); err == nil && left > 0 {
+	key, seen := client.ObjectKeyFromObject(pod), firstSight{pod.UID, pod.Annotations[HeldSinceAnnotation], c.now()}
+	before, _ := c.unmarked.Load(key)
+	if first, found := before.(firstSight); found && first.uid == seen.uid && first.since == seen.since {
+		seen = first
+	}
+	c.unmarked.Store(key, seen)
+	if left := seen.at.Add(unmarkedFor).Sub(c.now()); left > 0 {
 		return reconcile.Result{RequeueAfter: left}, nil
 	}
 	// Only as it was read: a removal that has begun since relies on the finalizer.
@@ -123,6 +144,7 @@ func (c *holdController) reconcileUnmarked(ctx context.Context, pod *corev1.Pod)
 	} else if client.IgnoreNotFound(err) != nil {
 		return reconcile.Result{}, err
 	}
+	c.unmarked.Delete(key)
 	c.log.Info("no longer holds a pod that is not being deleted", "namespace", pod.Namespace, "pod", pod.Name, "podUID", pod.UID)
 	return reconcile.Result{}, nil
 }
