@@ -162,6 +162,11 @@ func TestInventedContainersDoNotCountForTheRealPod(t *testing.T) {
 	if response := reviewed(t, guard, nil, deleteRequest(t, ended, new(int64(0)))); !response.Allowed {
 		t.Fatalf("the invented one is refused, so this proves nothing: %+v", response.Result)
 	}
+	// The same pod, marked by the API server, goes on.
+	terminating(new(int64(0)))(ended)
+	if response := reviewed(t, guard, nil, deleteRequest(t, ended, new(int64(0)))); !response.Allowed {
+		t.Errorf("the second call of the same removal is refused: %+v", response.Result)
+	}
 	if response := reviewed(t, guard, nil, deleteRequest(t, runningPod(failed), new(int64(0)))); response.Allowed {
 		t.Errorf("the real one is let through: %v", response.AuditAnnotations)
 	}
