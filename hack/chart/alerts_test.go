@@ -168,6 +168,7 @@ func TestAlertsFire(t *testing.T) {
 		"EniGuardAgentDown":          {`up{job="eni-guard-agent",node="a"} 0x60`, `up{job="eni-guard-agent",node="a"} 1x60`},
 		"EniGuardAgentDoesNotAnswer": {`eni_guard_agent_questions_total{node="a",result="failed"} 0+1x60`, `eni_guard_agent_questions_total{node="a",result="answered"} 0+1x60`},
 		"EniGuardProbeFails":         {`eni_guard_probe_up{node="a",probe="netns"} 0x60`, `eni_guard_probe_up{node="a",probe="netns"} 1x60`},
+		"EniGuardProbeHangs":         {`eni_guard_probe_hanging{node="a",probe="netns",function="rtnl_lock"} 1x60`, `eni_guard_probe_hanging{node="a",probe="netns",function="rtnl_lock"} 1x50 stale`},
 		"EniGuardPodHeldLong":        {`eni_guard_held_oldest_seconds{instance="a"} 60+60x60`, `eni_guard_held_oldest_seconds{instance="a"} 0x60`},
 		"EniGuardLeftovers":          {`eni_guard_leftovers{node="a"} 1x60`, `eni_guard_leftovers{node="a"} 0x60`},
 		"EniGuardAddressShared":      {`eni_guard_shared_addresses{node="a"} 1x60`, `eni_guard_shared_addresses{node="a"} 0x60`},
