@@ -201,6 +201,9 @@ func (i *Inspector) lookAgain(ctx context.Context, e *evidence) {
 	e.processes = append(e.processes, described...)
 	e.processErr = errors.Join(e.processErr, err)
 	e.members.pids = now
+	if len(now) > 0 && len(e.processes) == 0 && e.processErr == nil {
+		e.processErr = errors.New("the pod's processes end before they can be looked at, and may leave others")
+	}
 }
 
 // part returns a context that ends when a part of the time of ctx has passed.

@@ -398,6 +398,17 @@ func TestProcessesThatComeAndGoWhileTheyAreDescribed(t *testing.T) {
 	}
 }
 
+// A cgroup that is never empty, and of which each process has ended when it is looked at, is no sign that nothing is left.
+func TestProcessesThatEndBeforeTheyAreDescribed(t *testing.T) {
+	h := lookable(t)
+	h.group("kubepods/pod"+podUID+"/c1", pid)
+	report := newInspector("node-a", h.Host, fakeRuntime(knowsNothing)).Inspect(t.Context(), podQuery)
+	want := `the probe "processes" did not run: the pod's processes end before they can be looked at, and may leave others`
+	if failures := report.Failures(); report.Verdict() != sandbox.Unknown || !slices.Equal(failures, []string{want}) {
+		t.Errorf("%s: %v %q", report.Verdict(), report.Findings, failures)
+	}
+}
+
 // A process that is seen in the pod's network namespace, and elsewhere when it is described, had only come to look.
 func TestAStrangerThatHasLeftTheNamespace(t *testing.T) {
 	name := fmt.Sprintf("eni-guard-test-stranger-%d", os.Getpid())

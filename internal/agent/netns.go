@@ -145,8 +145,9 @@ func (h Host) view(ctx context.Context, how depth) (v nodeView, processErr, netn
 	again := slices.DeleteFunc(slices.Clone(v.namespaces), func(n netNamespace) bool { return !gone(n.unread) || len(n.tasks) == 0 })
 	v.namespaces = slices.DeleteFunc(v.namespaces, func(n netNamespace) bool { return gone(n.unread) })
 	unmounted = append(unmounted, again...) // the mount has gone, the task has not
-	enterErr = errors.Join(enterErr, h.readAddresses(ctx, unmounted))
-	v.namespaces = append(v.namespaces, slices.DeleteFunc(unmounted, func(n netNamespace) bool { return gone(n.unread) })...)
+	unmounted, listErr, readErr := h.readOccupied(ctx, unmounted)
+	processErr, enterErr = errors.Join(processErr, listErr), errors.Join(enterErr, readErr)
+	v.namespaces = append(v.namespaces, unmounted...)
 	slices.SortFunc(v.namespaces, func(a, b netNamespace) int { return strings.Compare(a.name(), b.name()) })
 	unread := []error{enterErr}
 	for _, n := range v.namespaces {
@@ -155,6 +156,30 @@ func (h Host) view(ctx context.Context, how depth) (v nodeView, processErr, netn
 		}
 	}
 	return v, processErr, errors.Join(unread...)
+}
+
+// readOccupied reads the addresses in namespaces that tasks are in, and returns those that have not ended. That all the tasks that were
+// listed for one have ended says nothing of those that they have left in it, children or threads: these are looked for once more.
+func (h Host) readOccupied(ctx context.Context, namespaces []netNamespace) (left []netNamespace, processErr, err error) {
+	err = h.readAddresses(ctx, namespaces)
+	ended := func(n netNamespace) bool { return gone(n.unread) }
+	if !slices.ContainsFunc(namespaces, ended) {
+		return namespaces, nil, err
+	}
+	tasks, processErr := h.tasks(ctx)
+	var again []netNamespace
+	for _, n := range namespaces {
+		if in := tasks[n.id]; ended(n) && len(in) > 0 {
+			again = append(again, netNamespace{id: n.id, tasks: in})
+		}
+	}
+	err = errors.Join(err, h.readAddresses(ctx, again))
+	for i := range again {
+		if ended(again[i]) {
+			again[i].unread = errors.New("what is in it ends before it can be followed there")
+		}
+	}
+	return append(slices.DeleteFunc(namespaces, ended), again...), processErr, err
 }
 
 // covered finds those of the mounted namespaces that could not be entered, and are mounted all the same: something else is mounted

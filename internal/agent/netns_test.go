@@ -269,6 +269,30 @@ func TestANamespaceThatOnlyAProcessKeeps(t *testing.T) {
 	}
 }
 
+// What was in a namespace when the processes were listed has ended when it is to be followed there, and has left a child in it.
+func TestANamespaceThatIsHandedOnMeanwhile(t *testing.T) {
+	id := inNamespace(t, exec.CommandContext(t.Context(), "sleep", "600"), testAddress)
+	ended := exec.CommandContext(t.Context(), "true")
+	if err := ended.Run(); err != nil {
+		t.Fatal(err)
+	}
+	listed := func() []netNamespace { return []netNamespace{{id: id, tasks: leaders([]int{ended.Process.Pid})}} }
+	if left, processErr, err := realNode.readOccupied(t.Context(), listed()); len(left) != 1 || !slices.Equal(left[0].addresses, []assignment{{testAddress, "lo"}}) || left[0].unread != nil || processErr != nil || err != nil {
+		t.Errorf("got %+v, %v, %v", left, processErr, err)
+	}
+	// The next one too, and so on.
+	elusive := lookable(t)
+	elusive.symlink(fmt.Sprintf("%d/ns/net", pid), id)
+	elusive.write(elusive.Proc, fmt.Sprintf("%d/task/comm", pid), "")
+	v, processErr, err := elusive.view(t.Context(), thorough)
+	if n, found := v.namespace(id); !found || processErr != nil || err == nil || !strings.Contains(err.Error(), id+": what is in it ends before it can be followed there") {
+		t.Errorf("got %+v, %v, %v", n, processErr, err)
+	}
+	if left, processErr, err := lookable(t).readOccupied(t.Context(), listed()); len(left) > 0 || processErr != nil || err != nil {
+		t.Errorf("with nothing in it any more: got %+v, %v, %v", left, processErr, err)
+	}
+}
+
 // A thread can go into a namespace alone. Such a thread, forgotten by a daemon, keeps it and the address in it.
 func TestANamespaceThatOnlyAThreadKeeps(t *testing.T) {
 	requireRoot(t)
