@@ -23,6 +23,7 @@ func TestJudge(t *testing.T) {
 	ready := mine
 	ready.ready = true
 	// The next pod of a StatefulSet: the same name, the same address, another UID.
+	const cni8 = "/run/netns/cni-00000000-0000-0000-0000-000000000008"
 	next := podSandbox{id: "s2", pod: sandbox.Pod{Namespace: "shop", Name: "web-0", UID: otherUID}, ready: true, details: details{netnsPath: "/run/netns/cni-2"}}
 	at := func(id, path string, ips ...netip.Addr) netNamespace {
 		n := netNamespace{id: id}
@@ -93,11 +94,17 @@ func TestJudge(t *testing.T) {
 			verdict: sandbox.Unknown, failures: []string{making}},
 		{name: "a namespace of nobody, and no cgroup of the pod", e: evidence{view: view(at("net:[9]", "/run/netns/cni-00000000-0000-0000-0000-000000000009"))}, verdict: sandbox.Released},
 		{name: "a cgroup of the pod, and only namespaces that are somebody's",
-			e: evidence{view: view(at("net:[8]", "/run/netns/cni-2"), with(at("net:[9]", "/run/netns/x"), 50)), members: podMembers{exist: true},
-				others: []podSandbox{next}},
+			e: evidence{view: view(at("net:[8]", cni8), with(at("net:[9]", "/run/netns/x"), 50)), members: podMembers{exist: true},
+				others: []podSandbox{{id: "s3", details: details{netnsPath: cni8}}}},
 			verdict: sandbox.Released},
 		{name: "a cgroup of the pod, and a namespace elsewhere that no runtime makes",
-			e: evidence{view: view(at("net:[9]", "/run/other/x")), members: podMembers{exist: true}}, verdict: sandbox.Released},
+			e: evidence{view: view(at("net:[9]", "/run/other/cni-00000000-0000-0000-0000-000000000009")), members: podMembers{exist: true}}, verdict: sandbox.Released},
+		{name: "a sandbox in the making, and something that is known of the pod",
+			e:       evidence{view: view(at("net:[9]", "/run/netns/cni-00000000-0000-0000-0000-000000000009")), members: podMembers{exist: true}, records: podRecords{sandboxes: []podSandbox{ready}}},
+			verdict: sandbox.Bound, findings: []string{"sandbox s1 is ready"}},
+		{name: "an address that only the runtime knows, in a namespace that is nobody's",
+			e:       evidence{view: view(at("net:[7]", "/run/netns/x", podAddress)), records: podRecords{sandboxes: []podSandbox{mine}}},
+			verdict: sandbox.Bound, findings: []string{"address 10.0.0.5 is on eth0 in network namespace /run/netns/x", "network namespace /run/netns/x is open"}},
 
 		{name: "a process in the host's namespace", e: evidence{view: view(), processes: []podProcess{inHost}}, verdict: sandbox.Bound,
 			findings: []string{"process 43 (agent) is in state S"}},
@@ -119,7 +126,7 @@ func TestJudge(t *testing.T) {
 		})
 	}
 
-	asked := sandbox.Query{UID: podUID, IPs: []netip.Addr{podAddress, podIPv6}}
+	asked := sandbox.Query{UID: podUID, IPs: []netip.Addr{netip.AddrFrom16(podAddress.As16()), podIPv6}} // the first one in IPv6's clothes
 	for _, test := range []struct {
 		name      string
 		e         evidence
@@ -158,6 +165,9 @@ func TestJudge(t *testing.T) {
 			e:        evidence{view: view(), paths: hostPaths{routes: []hostRoute{{ip: podAddress, device: "cali1", table: 254, peer: true}}}},
 			verdict:  sandbox.Bound,
 			findings: []string{"the other end of the host's device cali1, which leads to 10.0.0.5, is in a network namespace that does not show"}},
+		{name: "a device of the host leads somewhere, and not every namespace could be looked into",
+			e:       evidence{view: view(), netnsErr: errProbe, paths: hostPaths{routes: []hostRoute{{ip: podAddress, device: "cali1", table: 254, peer: true}}}},
+			verdict: sandbox.Unknown, failures: []string{`the probe "netns" did not run: no`}},
 		{name: "a device of the host leads to the namespace of the pod that has the address now",
 			e: evidence{view: view(with(at("net:[8]", "/run/netns/cni-2", podAddress), 50)), others: []podSandbox{next},
 				paths: hostPaths{routes: []hostRoute{{ip: podAddress, device: "cali1", table: 254, peer: true}}}},
@@ -170,6 +180,45 @@ func TestJudge(t *testing.T) {
 			test.e.how = thorough
 			check(t, asked, test.e, test.at, test.strangers, test.verdict, test.findings, test.failures, test.conflicts)
 		})
+	}
+}
+
+// What explains is told beside what decides.
+func TestJudgeTellsWhatExplains(t *testing.T) {
+	ended := podSandbox{id: "s1", details: details{netnsPath: "/run/netns/cni-1", cgroup: "/kubepods/c", pid: 77}}
+	ready := ended
+	ready.id, ready.ready, ready.ips = "s2", true, []netip.Addr{podAddress}
+	report := judge(sandbox.Query{UID: podUID}, evidence{
+		how: thorough, records: podRecords{sandboxes: []podSandbox{ended, ready}},
+		paths: hostPaths{routes: []hostRoute{{ip: podAddress, device: "cali1", table: 254}}, rules: []string{"rule 2048 from 10.0.0.5"}},
+	}, claims{}, nil)
+	if want := []string{"route to 10.0.0.5 via cali1 in table 254", "rule 2048 from 10.0.0.5"}; !reflect.DeepEqual(report.Routes, want) {
+		t.Errorf("routes %q, want %q", report.Routes, want)
+	}
+	want := []sandbox.Sandbox{
+		{ID: "s1", Netns: "/run/netns/cni-1", Cgroup: "/kubepods/c"}, // its process has ended, and the number may be another one's
+		{ID: "s2", Ready: true, PID: 77, Netns: "/run/netns/cni-1", IPs: []netip.Addr{podAddress}, Cgroup: "/kubepods/c"},
+	}
+	if !reflect.DeepEqual(report.Sandboxes, want) {
+		t.Errorf("sandboxes %+v, want %+v", report.Sandboxes, want)
+	}
+}
+
+// Of all sandboxes of the node, those of the pod that are new are its own, with their containers, and the others are somebody else's.
+func TestTakeOthers(t *testing.T) {
+	known, late := podSandbox{id: "s1", pod: sandbox.Pod{UID: podUID}}, podSandbox{id: "s2", pod: sandbox.Pod{UID: podUID}}
+	others := podSandbox{id: "s3", pod: sandbox.Pod{UID: otherUID}}
+	e := evidence{records: podRecords{sandboxes: []podSandbox{known}, containers: []podContainer{{id: "c1", sandboxID: "s1"}}}}
+	got := e.takeOthers(podUID, podRecords{
+		sandboxes:  []podSandbox{known, late, others},
+		containers: []podContainer{{id: "c1", sandboxID: "s1"}, {id: "c2", sandboxID: "s2"}, {id: "c3", sandboxID: "s3"}},
+	})
+	want := evidence{
+		records: podRecords{sandboxes: []podSandbox{known, late}, containers: []podContainer{{id: "c1", sandboxID: "s1"}, {id: "c2", sandboxID: "s2"}}},
+		others:  []podSandbox{others},
+	}
+	if !reflect.DeepEqual(got, []podSandbox{late}) || !reflect.DeepEqual(e, want) {
+		t.Errorf("got %+v, and %+v", got, e)
 	}
 }
 
@@ -213,6 +262,7 @@ func check(t *testing.T, query sandbox.Query, e evidence, at string, strangers [
 // The runtime is asked for all sandboxes only where that can change what follows.
 func TestOwnersMatter(t *testing.T) {
 	mount := netNamespace{id: "net:[7]", paths: []string{"/run/netns/cni-00000000-0000-0000-0000-000000000001"}, addresses: []assignment{{podAddress, "eth0"}}}
+	someones := netNamespace{id: "net:[8]", paths: []string{"/run/netns/x"}}
 	query := sandbox.Query{UID: podUID, IPs: []netip.Addr{podAddress}}
 	for _, test := range []struct {
 		name      string
@@ -226,6 +276,9 @@ func TestOwnersMatter(t *testing.T) {
 		{"one with the address that is the pod's by its sandbox", query, evidence{view: nodeView{namespaces: []netNamespace{mount}}}, map[string]podSandbox{"net:[7]": {}}, false},
 		{"one without the address", sandbox.Query{UID: podUID}, evidence{view: nodeView{namespaces: []netNamespace{mount}}}, nil, false},
 		{"one that a sandbox in the making could have", sandbox.Query{UID: podUID}, evidence{view: nodeView{namespaces: []netNamespace{mount}}, members: podMembers{exist: true}}, nil, true},
+		{"one that none could have", sandbox.Query{UID: podUID}, evidence{view: nodeView{namespaces: []netNamespace{someones}}, members: podMembers{exist: true}}, nil, false},
+		{"one that a sandbox in the making could have, of a pod that is found anyway", sandbox.Query{UID: podUID},
+			evidence{view: nodeView{namespaces: []netNamespace{mount}}, members: podMembers{exist: true}, processes: []podProcess{{}}}, nil, false},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			if got := test.e.ownersMatter(test.query, test.sandboxes); got != test.want {

@@ -125,9 +125,9 @@ func TestInspectLooksIntoTheNamespacesOfWhatWasFound(t *testing.T) {
 	})).Inspect(t.Context(), query)
 	var got []string
 	for _, f := range report.Findings {
-		got = append(got, strings.TrimSpace(string(f.Kind)+" "+f.Netns))
+		got = append(got, strings.Join(strings.Fields(fmt.Sprint(f.Kind, " ", f.Netns, " ", f.Sandbox)), " "))
 	}
-	want := []string{"ProcessAlive", "IPAssigned /run/netns/" + name, "NetnsOpen /run/netns/" + name, "NetnsOpen net:[7]"}
+	want := []string{"ProcessAlive", "IPAssigned /run/netns/" + name + " s1", "NetnsOpen /run/netns/" + name + " s1", "NetnsOpen net:[7]"}
 	if !reflect.DeepEqual(got, want) {
 		t.Errorf("got %q, want %q (%v)", got, want, report.Failures())
 	}

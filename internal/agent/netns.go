@@ -451,6 +451,8 @@ func readDump(part []byte, names map[uint32]string) (assigned []assignment, done
 	return assigned, false, nil
 }
 
+var errNoFamily = errors.New("the kernel gave an address of no known family")
+
 // readAddress reads one message about an address. names are those of interfaces that are known already.
 func readAddress(m syscall.NetlinkMessage, names map[uint32]string) (a assignment, err error) {
 	attributes, err := syscall.ParseNetlinkRouteAttr(&m)
@@ -470,7 +472,7 @@ func readAddress(m syscall.NetlinkMessage, names map[uint32]string) (a assignmen
 		}
 	}
 	if !a.ip.IsValid() {
-		return a, errors.New("the kernel gave an address of no known family")
+		return a, errNoFamily
 	}
 	if _, known := names[index]; !known && !a.ip.IsLoopback() && !a.ip.IsLinkLocalUnicast() {
 		if device, err := net.InterfaceByIndex(int(index)); err == nil { // in the namespace of this thread

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -175,6 +176,9 @@ func TestACoveredNamespaceIsNotGone(t *testing.T) {
 	if n, found := v.namespace(id); !found || err == nil || !strings.Contains(err.Error(), "something else covers it") {
 		t.Errorf("got %+v (%v)", n, err)
 	}
+	if above := v.mountedAt(filepath.Join(netnsDir, upper)); above == "" || strings.Contains(err.Error(), upper) {
+		t.Errorf("what covers it: got %q (%v)", above, err)
+	}
 }
 
 // deadMount mounts a FUSE file system over a file or a directory whose server never says a word: whoever asks it for anything waits until
@@ -255,6 +259,11 @@ func TestANamespaceThatOnlyAProcessKeeps(t *testing.T) {
 	}
 	if want := []assignment{{testAddress, "lo"}, {ipv6, "lo"}}; !reflect.DeepEqual(n.addresses, want) {
 		t.Errorf("got %v, want %v", n.addresses, want)
+	}
+	// The kernel names the devices of IPv4 addresses only.
+	alone := inNamespace(t, exec.CommandContext(t.Context(), "sleep", "600"), ipv6)
+	if n, _ := look(t, thorough).namespace(alone); !slices.Equal(n.addresses, []assignment{{ipv6, "lo"}}) {
+		t.Errorf("of IPv6 alone: got %v", n.addresses)
 	}
 	// A process that has ended since takes its namespace along: that is no error, and no namespace.
 	if err := errors.Join(cmd.Process.Kill(), ignoreExit(cmd.Wait())); err != nil {
@@ -426,8 +435,68 @@ func TestTheHostsOwnNamespaceIsLeftOut(t *testing.T) {
 	if err != nil || own != v.host {
 		t.Fatalf("this test must run in the host's network namespace (%v)", err)
 	}
-	if n, found := v.namespace(own); found {
-		t.Errorf("got %+v", n)
+	// Somebody has mounted it where runtimes have theirs.
+	path := filepath.Join(netnsDir, fmt.Sprintf("eni-guard-test-host-%d", os.Getpid()))
+	mountNamespace(t, "/proc/self/ns/net", path)
+	for _, how := range []depth{quick, thorough} {
+		v := look(t, how)
+		if n, found := v.namespace(own); found || v.mountedAt(path) != "" {
+			t.Errorf("got %+v", n)
+		}
+	}
+}
+
+// mountNamespace mounts a namespace at a path of its own, until the end of the test.
+func mountNamespace(t *testing.T, namespace, path string) {
+	t.Helper()
+	requireRoot(t)
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.Remove(path) })
+	if err := unix.Mount(namespace, path, "", unix.MS_BIND, ""); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(path, unix.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// What is mounted on a node beside network namespaces is of no matter: runtimes keep other namespaces the same way.
+func TestMountedNamespaces(t *testing.T) {
+	h := lookable(t)
+	h.write(h.Proc, "thread-self/mountinfo", strings.Join([]string{
+		"36 35 0:4 net:[7] /run/netns/a rw shared:1 - nsfs nsfs rw",
+		"37 35 0:4 net:[7] /run/netns/b rw shared:1 - nsfs nsfs rw",
+		"38 36 0:4 net:[7] /run/netns/a rw shared:1 - nsfs nsfs rw", // once more over itself
+		"39 35 0:4 net:[8] /run/netns/c rw shared:1 - nsfs nsfs rw",
+		"40 35 0:4 ipc:[9] /run/ipcns/d rw shared:1 - nsfs nsfs rw",
+		"41 35 0:5 net:[10] /srv/e rw shared:1 - tmpfs tmpfs rw", // a directory of that name
+		"42 35 0:5 / /run rw shared:1 - tmpfs tmpfs rw",
+	}, "\n")+"\n")
+	got, err := h.mountedNamespaces()
+	if want := map[string][]string{"net:[7]": {"/run/netns/a", "/run/netns/b"}, "net:[8]": {"/run/netns/c"}}; err != nil || !reflect.DeepEqual(got, want) {
+		t.Errorf("got %v, want %v (%v)", got, want, err)
+	}
+}
+
+// Between the reading of the mount table and the entering, a namespace has lost its mount; a process is in it still.
+func TestANamespaceThatLosesItsMountMeanwhile(t *testing.T) {
+	cmd := exec.CommandContext(t.Context(), "sleep", "600")
+	id := inNamespace(t, cmd, testAddress)
+	h := lookable(t)
+	h.write(h.Proc, "thread-self/mountinfo", fmt.Sprintf("36 35 0:4 %s /run/netns/eni-guard-test-lost rw shared:1 - nsfs nsfs rw\n", id))
+	h.symlink(fmt.Sprintf("%d/ns/net", pid), id)
+	h.symlink(fmt.Sprintf("%d/task/%d/ns/net", pid, pid), realNode.task(cmd.Process.Pid, cmd.Process.Pid, "ns/net"))
+	v, processErr, netnsErr := h.view(t.Context(), thorough)
+	n, found := v.namespace(id)
+	if !found || !slices.Equal(n.addresses, []assignment{{testAddress, "lo"}}) || len(v.namespaces) != 1 || processErr != nil || netnsErr != nil {
+		t.Errorf("got %+v, %v, %v", v, processErr, netnsErr)
 	}
 }
 
@@ -448,6 +517,22 @@ func TestMountsThatDoNotFollowTheHostProveNothing(t *testing.T) {
 	if refusal == nil || !strings.Contains(refusal.Error(), "mountPropagation: HostToContainer") {
 		t.Errorf("got %v (%v)", mounted, refusal)
 	}
+	// As in the agent's container.
+	away(t, func() error {
+		err := errors.Join(
+			unix.Unshare(unix.CLONE_NEWNS),
+			unix.Mount("", "/", "", unix.MS_PRIVATE|unix.MS_REC, ""),
+			unix.Mount(netnsDir, netnsDir, "", unix.MS_BIND|unix.MS_REC, ""),
+			unix.Mount("", netnsDir, "", unix.MS_SHARED, ""),
+		)
+		if err == nil {
+			mounted, err = realNode.mountedNamespaces()
+		}
+		return err
+	})
+	if paths := slices.Concat(slices.Collect(maps.Values(mounted))...); !slices.Contains(paths, filepath.Join(netnsDir, name)) {
+		t.Errorf("with a directory that follows the host's: got %v", mounted)
+	}
 }
 
 func TestReceivesNamespaces(t *testing.T) {
@@ -457,6 +542,7 @@ func TestReceivesNamespaces(t *testing.T) {
 	}{
 		{mountinfo.Info{Mountpoint: "/run/netns", Optional: "master:1"}, true},
 		{mountinfo.Info{Mountpoint: "/run/netns", Optional: "shared:4 master:1"}, true},
+		{mountinfo.Info{Mountpoint: "/run/netns", Optional: "shared:4"}, true},
 		{mountinfo.Info{Mountpoint: "/run/netns", Optional: ""}, false},
 		{mountinfo.Info{Mountpoint: "/run/netns", Optional: "unbindable"}, false},
 		{mountinfo.Info{Mountpoint: "/run/netns/cni-1", Optional: "master:1"}, false},
@@ -479,12 +565,19 @@ func dumped(kind, flags uint16, data ...byte) []byte {
 
 // dumpedAddress is 10.113.0.5 on eth0, as the kernel tells it.
 func dumpedAddress(flags uint16) []byte {
+	return dumpedOnEth0(flags, attribute(unix.IFA_LOCAL, testAddress.AsSlice()...))
+}
+
+// dumpedOnEth0 is an address on eth0 with some attributes.
+func dumpedOnEth0(flags uint16, attributes ...[]byte) []byte {
 	ifaddrmsg := []byte{unix.AF_INET, 32, 0, 0, 2, 0, 0, 0}
-	attribute := func(kind uint16, value ...byte) []byte {
-		head := binary.NativeEndian.AppendUint16(nil, uint16(unix.SizeofRtAttr+len(value)))
-		return append(binary.NativeEndian.AppendUint16(head, kind), value...)
-	}
-	return dumped(unix.RTM_NEWADDR, flags, slices.Concat(ifaddrmsg, attribute(unix.IFA_LOCAL, testAddress.AsSlice()...), attribute(unix.IFA_LABEL, []byte("eth0\x00\x00\x00\x00")...))...)
+	return dumped(unix.RTM_NEWADDR, flags, slices.Concat(ifaddrmsg, slices.Concat(attributes...), attribute(unix.IFA_LABEL, []byte("eth0\x00\x00\x00\x00")...))...)
+}
+
+// attribute is one of a message; the kernel pads its value to four bytes.
+func attribute(kind uint16, value ...byte) []byte {
+	head := binary.NativeEndian.AppendUint16(nil, uint16(unix.SizeofRtAttr+len(value)))
+	return append(binary.NativeEndian.AppendUint16(head, kind), append(value, make([]byte, -len(value)&3)...)...)
 }
 
 // What the kernel has not told in full is no answer.
@@ -502,6 +595,11 @@ func TestReadDump(t *testing.T) {
 		{"one part of several", dumpedAddress(unix.NLM_F_MULTI), one, false, nil},
 		{"the last one", slices.Concat(dumpedAddress(unix.NLM_F_MULTI), done), one, true, nil},
 		{"nothing", done, nil, true, nil},
+		{"something else", slices.Concat(dumped(unix.RTM_NEWLINK, unix.NLM_F_MULTI, make([]byte, 16)...), done), nil, true, nil},
+		{"one of two ends, the other one's first", dumpedOnEth0(unix.NLM_F_MULTI, attribute(unix.IFA_ADDRESS, 10, 113, 0, 6), attribute(unix.IFA_LOCAL, testAddress.AsSlice()...)), one, false, nil},
+		{"one of two ends, the other one's last", dumpedOnEth0(unix.NLM_F_MULTI, attribute(unix.IFA_LOCAL, testAddress.AsSlice()...), attribute(unix.IFA_ADDRESS, 10, 113, 0, 6)), one, false, nil},
+		{"without a local address", dumpedOnEth0(unix.NLM_F_MULTI, attribute(unix.IFA_ADDRESS, testAddress.AsSlice()...)), one, false, nil},
+		{"of no known family", dumpedOnEth0(unix.NLM_F_MULTI, attribute(unix.IFA_LOCAL, 10, 113, 0)), nil, false, errNoFamily},
 		{"something has changed", slices.Concat(dumpedAddress(unix.NLM_F_MULTI), dumpedAddress(interrupted), done), nil, false, netlink.ErrDumpInterrupted},
 		{"something has changed, as the last message says", slices.Concat(dumpedAddress(unix.NLM_F_MULTI), dumped(unix.NLMSG_DONE, interrupted, 0, 0, 0, 0)), nil, false, netlink.ErrDumpInterrupted},
 		{"the kernel refuses", dumped(unix.NLMSG_ERROR, 0, binary.NativeEndian.AppendUint32(nil, ^uint32(unix.EPERM)+1)...), nil, false, unix.EPERM},

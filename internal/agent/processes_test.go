@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -155,6 +156,25 @@ func TestProcesses(t *testing.T) {
 			h.thread(43, "java", "X", "0", "")
 			h.thread(44, "java", "x", "0", "")
 		}, nil},
+		{"in state D, with what the kernel says of the way there", func(h recordedHost) {
+			h.group("kubepods/pod"+podUID+"/c1", 42)
+			h.thread(42, "java", "D", "nfs_wait", "net:[7]")
+			h.write(h.Proc, "42/task/42/stack", "[<0>] nfs_wait+0x1a2/0x2b0\n"+strings.Repeat("[<0>] vfs_read+0x12/0x40\n", 2*maxStack))
+		}, []sandbox.Process{{PID: 42, Command: "java", State: "D", WaitChannel: "nfs_wait", Started: started, Stack: append([]string{"nfs_wait"}, slices.Repeat([]string{"vfs_read"}, maxStack-1)...)}}},
+		{"frozen by its cgroup, version 2", func(h recordedHost) {
+			h.group("kubepods/pod"+podUID+"/c1", 42)
+			h.thread(42, "java", "S", "do_freezer_trap", "net:[7]")
+		}, []sandbox.Process{{PID: 42, Command: "java", State: "S", WaitChannel: "do_freezer_trap", Started: started, Frozen: true}}},
+		{"frozen while it ran, version 1", func(h recordedHost) {
+			h.group("kubepods/pod"+podUID+"/c1", 42)
+			h.thread(42, "java", "D", "__refrigerator", "net:[7]")
+		}, []sandbox.Process{{PID: 42, Command: "java", State: "D", WaitChannel: "__refrigerator", Started: started, Frozen: true}}},
+		{"not what its group is frozen for", func(h recordedHost) {
+			h.group("kubepods/pod"+podUID+"/c1", 42)
+			h.thread(42, "java", "D", "nfs_wait", "net:[7]")
+			h.write(h.Proc, "42/task/42/cgroup", "3:freezer:/kubepods/c1\n")
+			h.write(h.Cgroup, "freezer/kubepods/c1/freezer.state", "FREEZING\n")
+		}, []sandbox.Process{{PID: 42, Command: "java", State: "D", WaitChannel: "nfs_wait", Started: started}}},
 		{"gone between the cgroup and /proc", func(h recordedHost) { h.group("kubepods/pod"+podUID+"/c1", 42) }, nil},
 		{"a command with brackets and blanks", func(h recordedHost) {
 			h.group("kubepods/pod"+podUID+"/c1", 42)
@@ -224,6 +244,21 @@ func TestProcessesBesideOneThatCannotBeRead(t *testing.T) {
 	}
 	if len(found) != 1 || found[0].PID != pid || found[0].State != "D" {
 		t.Errorf("got %+v", found)
+	}
+}
+
+// Who ends while the processes are listed is in no namespace, and who looks into them belongs to none.
+func TestTasks(t *testing.T) {
+	h := lookable(t)
+	h.write(h.Proc, "42/task/comm", "")
+	h.process(43, "java", "S", "x", "net:[7]")
+	h.symlink("43/ns/net", "net:[7]")
+	h.symlink(fmt.Sprintf("%d/ns/net", os.Getpid()), "net:[7]")
+	h.write(h.Proc, fmt.Sprintf("%d/task/comm", os.Getpid()), "")
+	h.write(h.Proc, "1/task/comm", "")
+	got, err := h.tasks(t.Context())
+	if want := []task{{43, 43}}; err != nil || !slices.Equal(got["net:[7]"], want) || len(got) != 2 {
+		t.Errorf("got %v (%v)", got, err)
 	}
 }
 

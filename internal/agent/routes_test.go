@@ -37,20 +37,35 @@ func TestANamespaceThatOnlyAnOpenFileKeeps(t *testing.T) {
 	t.Cleanup(func() { _ = netlink.LinkDel(pair) })
 	rule := netlink.NewRule()
 	rule.Priority, rule.Dst, rule.Table = 512, network, unix.RT_TABLE_MAIN
+	from := netlink.NewRule()
+	from.Priority, from.Src, from.Table = 2048, network, unix.RT_TABLE_MAIN
+	// Of no matter: everything there is, and the neighbour.
+	other := netlink.NewRule()
+	other.Priority, other.Dst, other.Table = 513, netlink.NewIPNet(address.Next().AsSlice()), unix.RT_TABLE_MAIN
+	ipv6 := netip.MustParseAddr("fd00:113:7::5")
+	toIPv6 := netlink.NewRule()
+	toIPv6.Family, toIPv6.Priority, toIPv6.Dst, toIPv6.Table = unix.AF_INET6, 512, netlink.NewIPNet(ipv6.AsSlice()), unix.RT_TABLE_MAIN
 	if err := errors.Join(
 		netlink.LinkSetUp(pair),
 		netlink.RouteAdd(&netlink.Route{LinkIndex: pair.Attrs().Index, Dst: network, Scope: netlink.SCOPE_LINK, Table: 1003}),
-		netlink.RuleAdd(rule),
+		netlink.RouteAdd(&netlink.Route{LinkIndex: pair.Attrs().Index, Dst: netlink.NewIPNet(ipv6.AsSlice()), Table: 1003}),
+		netlink.RouteAdd(&netlink.Route{Dst: network, Table: 1004, Type: unix.RTN_BLACKHOLE}),
 	); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = netlink.RuleDel(rule) })
+	t.Cleanup(func() { _ = netlink.RouteDel(&netlink.Route{Dst: network, Table: 1004, Type: unix.RTN_BLACKHOLE}) })
+	for _, r := range []*netlink.Rule{rule, from, other, toIPv6} {
+		if err := netlink.RuleAdd(r); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = netlink.RuleDel(r) })
+	}
 
-	found, err := realNode.paths([]netip.Addr{address, netip.MustParseAddr("fd00:113:7::5")})
-	if want := []hostRoute{{ip: address, device: device, table: 1003, peer: true}}; err != nil || !slices.Equal(found.routes, want) {
+	found, err := realNode.paths([]netip.Addr{address, ipv6})
+	if want := []hostRoute{{ip: address, device: device, table: 1003, peer: true}, {ip: ipv6, device: device, table: 1003, peer: true}}; err != nil || !slices.Equal(found.routes, want) {
 		t.Errorf("routes %+v, want %+v (%v)", found.routes, want, err)
 	}
-	if want := []string{"rule 512 to 10.113.7.5"}; !slices.Equal(found.rules, want) {
+	if want := []string{"rule 512 to 10.113.7.5", "rule 2048 from 10.113.7.5", "rule 512 to fd00:113:7::5"}; !slices.Equal(found.rules, want) {
 		t.Errorf("rules %q, want %q", found.rules, want)
 	}
 	query := podQuery
@@ -65,7 +80,7 @@ func TestANamespaceThatOnlyAnOpenFileKeeps(t *testing.T) {
 	if a.Verdict != sandbox.Bound || len(a.Holders) != 1 || !slices.Equal(a.Holders[0].Findings, want) || len(a.Failures) > 0 {
 		t.Errorf("asked who has %s: got %+v", address, a)
 	}
-	if want := []string{found.routes[0].String(), "rule 512 to 10.113.7.5"}; !slices.Equal(a.Routes, want) {
+	if want := []string{found.routes[0].String(), "rule 512 to 10.113.7.5", "rule 2048 from 10.113.7.5"}; !slices.Equal(a.Routes, want) {
 		t.Errorf("routes %q, want %q", a.Routes, want)
 	}
 
