@@ -273,6 +273,7 @@ func TestPodCgroupNames(t *testing.T) {
 		"kubepods":            "",
 		"pods":                "",
 		"podman":              "",
+		"xpod" + podUID:       "",
 		"besteffort":          "",
 		"machine-pod1.slice":  "",
 		"pod" + podUID + "-x": "",

@@ -32,7 +32,8 @@ type recordedCRI struct {
 	fails      string // the call that fails
 	// hasNoStatus is a sandbox that is listed for as long as one looks, and has no status.
 	hasNoStatus string
-	name        string // of the runtime
+	source      map[string]string // annotations of the sandboxes
+	name        string            // of the runtime
 	version     string
 	events      chan *runtimeapi.ContainerEventResponse
 	listeners   atomic.Int32
@@ -78,7 +79,8 @@ func (r *recordedCRI) ListPodSandbox(_ context.Context, request *runtimeapi.List
 		if r.sandboxes[id] != nil {
 			response.Items = append(response.Items, &runtimeapi.PodSandbox{
 				Id: id, State: r.sandboxes[id].GetStatus().GetState(),
-				Metadata: &runtimeapi.PodSandboxMetadata{Namespace: "shop", Name: "web-0", Uid: podUID},
+				Metadata:    &runtimeapi.PodSandboxMetadata{Namespace: "shop", Name: "web-0", Uid: podUID},
+				Annotations: r.source,
 			})
 		}
 	}
@@ -184,6 +186,26 @@ func TestRuntimePod(t *testing.T) {
 				t.Errorf("got error %v, want %q", err, test.want)
 			}
 		})
+	}
+}
+
+// Of a static pod the API server has a mirror, under another UID: what it leaves behind cannot be told by that.
+func TestStaticPodsAreToldByTheirSource(t *testing.T) {
+	for _, test := range []struct {
+		source map[string]string
+		static bool
+	}{
+		{nil, false},
+		{map[string]string{"kubernetes.io/config.source": "api"}, false},
+		{map[string]string{"kubernetes.io/config.source": "file"}, true},
+		{map[string]string{"kubernetes.io/config.source": "http"}, true},
+	} {
+		cri := twoSandboxes()
+		cri.source = test.source
+		found, err := serveCRI(t, cri).all(t.Context())
+		if err != nil || len(found.sandboxes) != 2 || found.sandboxes[0].static != test.static {
+			t.Errorf("%v: got %+v (%v)", test.source, found, err)
+		}
 	}
 }
 
