@@ -132,6 +132,8 @@ func slippedWords(reason string) string {
 		return "no webhook answered, and the failure policy is Ignore"
 	case review.ReasonConfigurationDeleted:
 		return "the webhook configuration was deleted"
+	case review.ReasonImpersonated:
+		return "who it was acted as is trusted: a kubelet, or the guard itself"
 	case review.ReasonNoTrace:
 		return "the log does not say why: the guard was not installed, or was switched off before the log begins"
 	default:

@@ -154,7 +154,7 @@ func (g Guard) changeOf(e *auditlog.Event) (Change, bool) {
 	}
 	body, bodied := readWritten(e.RequestObject)
 	c := Change{Time: e.Received.UTC(), User: e.Actor().Username, AuditID: e.AuditID, Verb: e.Verb, Name: ref.Name}
-	if e.User.Username != c.User {
+	if impersonates(e) {
 		c.ImpersonatedBy = e.User.Username
 	}
 	found := false

@@ -7,6 +7,8 @@ import (
 	"testing"
 	"time"
 
+	authenticationv1 "k8s.io/api/authentication/v1"
+
 	"github.com/eni-guard/eni-guard/internal/auditlog"
 )
 
@@ -60,6 +62,16 @@ func TestWhatBecameOfPodsThatWereKept(t *testing.T) {
 		return e
 	}
 	strip := func(body string) *auditlog.Event { return event("patch  200", "", body, "") }
+	byGuard := func() *auditlog.Event {
+		e := strip(`{"metadata":{"uid":"u","$deleteFromPrimitiveList/finalizers":["eni-guard.io/sandbox-in-use"]}}`)
+		e.User.Username = "system:serviceaccount:eni-guard:eni-guard-webhook"
+		return e
+	}
+	acted := func(e *auditlog.Event) *auditlog.Event {
+		e.ImpersonatedUser = &authenticationv1.UserInfo{Username: e.User.Username, Groups: e.User.Groups}
+		e.User = authenticationv1.UserInfo{Username: "jo"}
+		return e
+	}
 	held := func() *auditlog.Event { return event("delete  200", "", forcedBody, "", decidedAs("held")...) }
 	failed := func() *auditlog.Event { return event("delete  403", "", forcedBody, "", decidedAs("overridden")...) }
 	denied := func() *auditlog.Event { return event("delete  409", "", forcedBody, "", decidedAs("denied")...) }
@@ -69,6 +81,9 @@ func TestWhatBecameOfPodsThatWereKept(t *testing.T) {
 		want   string
 	}{
 		{"a kubelet's delete leaves a held pod", []*auditlog.Event{held(), later(1, kubelet())}, ""},
+		{"somebody acts as the kubelet", []*auditlog.Event{denied(), later(2, acted(kubelet()))}, "forced by system:node:node-1 after 2"},
+		{"the guard frees it", []*auditlog.Event{held(), later(5, byGuard())}, "freed by system:serviceaccount:eni-guard:eni-guard-webhook after 5"},
+		{"somebody acts as the guard", []*auditlog.Event{held(), later(5, acted(byGuard()))}, "forced by system:serviceaccount:eni-guard:eni-guard-webhook after 5"},
 		{"somebody takes all finalizers", []*auditlog.Event{held(), later(1, kubelet()), later(5, strip(`{"metadata":{"finalizers":null}}`))}, "stripped by jo after 5"},
 		{"somebody takes one by its number", []*auditlog.Event{held(), later(5, strip(`[{"op":"remove","path":"/metadata/finalizers/0"}]`))}, "stripped by jo after 5"},
 		{"somebody takes the guard's", []*auditlog.Event{held(), later(5, strip(`{"metadata":{"$deleteFromPrimitiveList/finalizers":["eni-guard.io/sandbox-in-use"]}}`))}, "forced by jo after 5"},

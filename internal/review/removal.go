@@ -12,6 +12,7 @@ import (
 	"strings"
 	"time"
 
+	authenticationv1 "k8s.io/api/authentication/v1"
 	corev1 "k8s.io/api/core/v1"
 	policyv1 "k8s.io/api/policy/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -52,6 +53,8 @@ const (
 	ReasonGuardNamespace = "GuardNamespace"
 	// ReasonExemptNamespace means: the pod is one of a namespace that is never guarded.
 	ReasonExemptNamespace = "ExemptNamespace"
+	// ReasonImpersonated means: somebody has acted as a kubelet, or as the guard itself, which the guard asks nothing.
+	ReasonImpersonated = "Impersonated"
 )
 
 // The annotations of audit events that are read here.
@@ -191,7 +194,7 @@ func (r *request) removals(untold *Untold) []Removal {
 			decided = append(decided, r.undecided(untold)...)
 		}
 		return slices.DeleteFunc(decided, func(row Removal) bool {
-			return row.Reason == string(webhook.ReasonNotForced) || row.Reason == string(webhook.ReasonOwnKubelet)
+			return row.Reason == string(webhook.ReasonNotForced) || row.Reason == string(webhook.ReasonOwnKubelet) && ownKubelet(e)
 		})
 	}
 	if strings.Contains(e.ResponseStatus.Message, `failed calling webhook "`+webhookName+`"`) && !e.Succeeded() {
@@ -232,10 +235,23 @@ func (r *Removal) stays() bool {
 // Gone says whether the removal took the pod away at once, or its address, as far as anybody can tell.
 func (r *Removal) Gone() bool { return !r.stays() }
 
-// ownKubelet says whether a kubelet has done it: the API server lets it remove pods of its own node only.
+// ownKubelet says whether a kubelet has done it: the API server lets it remove pods of its own node only. Who acts as a kubelet is one to the
+// API server and to the guard, but not here: only the log tells them apart.
 func ownKubelet(e *auditlog.Event) bool {
-	return strings.HasPrefix(e.Actor().Username, "system:node:") && slices.Contains(e.Actor().Groups, "system:nodes") && e.Verb == "delete"
+	return e.Verb == "delete" && isKubelet(e.Actor()) && !impersonates(e)
 }
+
+func isKubelet(user authenticationv1.UserInfo) bool {
+	return strings.HasPrefix(user.Username, "system:node:") && slices.Contains(user.Groups, "system:nodes")
+}
+
+// isGuard says whether a user is one of the guard's service accounts.
+func (g Guard) isGuard(user authenticationv1.UserInfo) bool {
+	return strings.HasPrefix(user.Username, "system:serviceaccount:"+g.Namespace+":")
+}
+
+// impersonates says whether somebody has acted as another user.
+func impersonates(e *auditlog.Event) bool { return e.Actor().Username != e.User.Username }
 
 // pathUpdate is a change of a pod; only what it changes tells by which way that takes something away.
 const pathUpdate webhook.Path = "update"
@@ -319,7 +335,7 @@ func (r *request) answer() {
 		for _, ip := range pod.Status.PodIPs {
 			kept.Addresses = append(kept.Addresses, ip.IP)
 		}
-		kept.Reason, kept.LeftAlone = webhook.LeftAlone(r.path, &pod, r.grace, r.Actor())
+		kept.Reason, kept.LeftAlone = webhook.LeftAlone(r.path, &pod, r.grace, r.User)
 		r.pods = append(r.pods, kept)
 		return nil
 	}
@@ -414,6 +430,9 @@ func (r *request) row(fields map[string]string) Removal {
 	if ips := fields["pod-ips"]; ips != "" {
 		row.Addresses = strings.Split(ips, ",")
 	}
+	if row.Reason == string(webhook.ReasonOwnKubelet) {
+		row.Decision, row.Reason, row.Inferred = SlippedPast, ReasonImpersonated, true // those of kubelets are left out
+	}
 	r.askedAgain(&row)
 	return row
 }
@@ -444,7 +463,7 @@ func (r *request) base() Removal {
 		Namespace: r.ObjectRef.Namespace, Pod: r.ObjectRef.Name, UID: r.ObjectRef.UID, Path: string(r.path),
 		Verdict: string(sandbox.NotAsked), Code: r.ResponseStatus.Code, AuditID: r.AuditID,
 	}
-	if r.User.Username != row.User {
+	if impersonates(r.Event) {
 		row.ImpersonatedBy = r.User.Username
 	}
 	return row
@@ -502,7 +521,7 @@ func (r *request) undecided(untold *Untold) []Removal {
 func (r *request) undecidedUpdate() []Removal {
 	path, found := r.updatePath()
 	_, overridden := r.Annotations[policyReason]
-	if !found || r.Verb == "update" && !overridden && !r.failedOpen() || strings.HasPrefix(r.Actor().Username, "system:serviceaccount:"+r.guard.Namespace+":") {
+	if !found || r.Verb == "update" && !overridden && !r.failedOpen() || r.guard.isGuard(r.User) {
 		return nil
 	}
 	row := r.slipped(nil)
@@ -544,6 +563,8 @@ func (r *request) slipped(pod *answered) Removal {
 		row.Decision, row.Reason, row.OverrideReason = Decision(webhook.Overridden), string(webhook.ReasonOverride), reason
 	case row.Decision == SlippedPast && r.failedOpen():
 		row.Reason = ReasonWebhookDown
+	case row.Decision == SlippedPast && impersonates(r.Event) && (isKubelet(r.Actor()) || r.guard.isGuard(r.Actor())):
+		row.Reason = ReasonImpersonated
 	}
 	return row
 }

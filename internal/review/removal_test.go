@@ -55,6 +55,12 @@ func TestWhatIsAForcedRemoval(t *testing.T) {
 	otherWebhook.ResponseStatus.Message = `Internal error occurred: failed calling webhook "validate.example.com": connection refused`
 	kubelet := event("delete  200", "", force, "")
 	kubelet.User = authenticationv1.UserInfo{Username: "system:node:node-1", Groups: []string{"system:nodes"}}
+	asKubelet := func(e *auditlog.Event) *auditlog.Event {
+		e.ImpersonatedUser = &authenticationv1.UserInfo{Username: "system:node:node-1", Groups: []string{"system:nodes"}}
+		return e
+	}
+	asTheGuard := event("patch  200", "", freed, "")
+	asTheGuard.ImpersonatedUser = &authenticationv1.UserInfo{Username: "system:serviceaccount:eni-guard:eni-guard-webhook"}
 	likeAKubelet := event("delete  200", "", force, "")
 	likeAKubelet.User.Username = "system:node:node-1"
 	ours := event("delete  200", "", force, strings.Replace(pod(markedNow, "", ""), "shop", "eni-guard", 1))
@@ -88,6 +94,10 @@ func TestWhatIsAForcedRemoval(t *testing.T) {
 		{"never scheduled", event("delete  200", "", force, strings.Replace(pod(markedNow, "", ""), "node-1", "", 1)), "delete exempt NotScheduled ", Untold{}},
 		{"in the guard's namespace", ours, "delete exempt GuardNamespace node-1", Untold{}},
 		{"by a kubelet", kubelet, "", Untold{}},
+		{"by somebody who acts as the kubelet", asKubelet(event("delete  200", "", force, pod(markedNow, "", ""))), "delete slipped-past Impersonated node-1", Untold{}},
+		{"by somebody who acts as the kubelet, and the pod has no network of its own", asKubelet(event("delete  200", "", force, pod(markedNow, `,"hostNetwork":true`, ""))), "delete exempt HostNetwork node-1", Untold{}},
+		{"by somebody who acts as the kubelet, where the guard is asked about all", asKubelet(event("delete  200", "", force, "", guardHas+"exempt", guardPrefix+"reason=OwnKubelet", guardPrefix+"path=delete")), "delete slipped-past Impersonated ", Untold{}},
+		{"gracefully, by somebody who acts as the kubelet", asKubelet(event("delete  200", "", asked, pod(markedSoon, "", ""))), "", Untold{}},
 		{"by somebody who is called like a kubelet", likeAKubelet, "delete slipped-past NoTrace ", Untold{}},
 		{"no webhook, Fail", notCalled, "delete unanswered WebhookDown ", Untold{}},
 		{"no webhook of somebody else", otherWebhook, "", Untold{}},
@@ -116,6 +126,7 @@ func TestWhatIsAForcedRemoval(t *testing.T) {
 		{"the label, refused", event("patch  500", "", labelled, ""), "", Untold{}},
 		{"the finalizer", event("patch  200", "", freed, ""), "finalizer slipped-past NoTrace ", Untold{}},
 		{"the finalizer, by the guard", byTheGuard, "", Untold{}},
+		{"the finalizer, by somebody who acts as the guard", asTheGuard, "finalizer slipped-past Impersonated ", Untold{}},
 		{"the finalizer, by its number, with an override", event("patch  200", "", `[{"op":"remove","path":"/metadata/finalizers/0"}]`, "", failedOpen, policyReason+"=fire"), "finalizer overridden Override ", Untold{}},
 		{"a phase, and no webhook", event("patch status 200", "", `{"status":{"phase":"Failed"}}`, "", failedOpen), "", Untold{}},
 		{"another label", event("patch  200", "", `{"metadata":{"labels":{"app":"web"}}}`, ""), "", Untold{}},
@@ -126,7 +137,7 @@ func TestWhatIsAForcedRemoval(t *testing.T) {
 			var got []string
 			for _, r := range guard.removalsOf(c.event, &untold) {
 				got = append(got, fmt.Sprintf("%s %s %s %s", r.Path, r.Decision, r.Reason, r.Node))
-				if r.User != c.event.User.Username || r.Namespace != c.event.ObjectRef.Namespace || r.Pod != "web-0" {
+				if r.User != c.event.Actor().Username || r.Namespace != c.event.ObjectRef.Namespace || r.Pod != "web-0" {
 					t.Errorf("the row is %+v", r)
 				}
 			}

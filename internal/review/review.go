@@ -132,7 +132,7 @@ func (g Guard) departureOf(e *auditlog.Event) (departure, bool) {
 	if !e.Succeeded() || e.ObjectRef.Resource != "pods" || e.DryRun() {
 		return departure{}, false
 	}
-	freed := e.Verb == "patch" && strings.HasPrefix(e.Actor().Username, "system:serviceaccount:"+g.Namespace+":")
+	freed := e.Verb == "patch" && g.isGuard(e.User)
 	var body struct {
 		Preconditions struct{ UID string }
 		Metadata      struct {
