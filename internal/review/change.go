@@ -72,17 +72,25 @@ const collection = "(all, or those of a selector)"
 // configuration is the object of the guard's configuration that fails closed.
 func (g Guard) configuration() string { return "validatingwebhookconfiguration " + g.Release }
 
-// forceDeletes is the resource that the right to override is about (group eni-guard.io).
-const forceDeletes = "forcedeletes"
+// overrideGroup and forceDeletes are the resource that the right to override is about.
+const overrideGroup, forceDeletes = "eni-guard.io", "forcedeletes"
+
+// copied starts a value that a patch has taken from elsewhere in the object, which the log does not have. No label can be so.
+const copied = "copied from "
+
+// gone is the value of a configuration that was deleted, or whose webhook was.
+const gone = "gone"
 
 const outOfServiceTaint = corev1.TaintNodeOutOfService
 
-// written is what is read of the body of a change: an object, a merge patch of one, or a JSON patch (RFC 6902).
+// written is what is read of the body of a change: an object, a merge patch of one, or a JSON patch (RFC 6902). Lists that are not mentioned
+// are empty, and "null" where they are taken away.
 type written struct {
+	// Kind is that of a whole object; a patch that says what changes has none.
+	Kind     string
 	Metadata struct {
 		Labels, Annotations map[string]*string
-		// Finalizers are nil where none are mentioned, and "null" where they are taken away.
-		Finalizers json.RawMessage
+		Finalizers          json.RawMessage
 	}
 	Spec struct {
 		Replicas *int32
@@ -91,17 +99,49 @@ type written struct {
 			Patch       string `json:"$patch"`
 		}
 	}
-	// Webhooks has nil for one that is taken away.
-	Webhooks []*hook
-	Rules    []struct{ Verbs, APIGroups, Resources []string }
+	Webhooks json.RawMessage
+	Rules    []rule
 	RoleRef  struct{ Name string }
 	Subjects []struct{ Kind, Namespace, Name string }
 }
 
+// hook is a webhook of a configuration.
 type hook struct {
 	Name          string
 	FailurePolicy *admissionregistrationv1.FailurePolicyType
+	Patch         string `json:"$patch"`
+	// What it is asked about, and who answers.
+	Rules, MatchConditions, NamespaceSelector, ObjectSelector json.RawMessage
+	ClientConfig                                              struct{ URL, Service json.RawMessage }
 }
+
+// hooks are the webhooks of a body; nil stands for one that is taken away.
+func (w written) hooks() []*hook {
+	var hooks []*hook
+	if len(w.Webhooks) > 0 && (json.Unmarshal(w.Webhooks, &hooks) != nil || len(hooks) == 0) {
+		return []*hook{nil}
+	}
+	return hooks
+}
+
+// narrowed names what a webhook is asked about, as far as a patch mentions it.
+func (h *hook) narrowed() []string {
+	var fields []string
+	for _, field := range []struct {
+		name  string
+		value json.RawMessage
+	}{
+		{"rules", h.Rules}, {"matchConditions", h.MatchConditions}, {"namespaceSelector", h.NamespaceSelector}, {"objectSelector", h.ObjectSelector},
+		{"clientConfig.service", h.ClientConfig.Service}, {"clientConfig.url", h.ClientConfig.URL},
+	} {
+		if len(field.value) > 0 {
+			fields = append(fields, field.name)
+		}
+	}
+	return fields
+}
+
+type rule struct{ Verbs, APIGroups, Resources []string }
 
 // readWritten reads the body of a change. It fails where there is none, and where it is none of the three.
 func readWritten(body []byte) (w written, ok bool) {
@@ -109,9 +149,8 @@ func readWritten(body []byte) (w written, ok bool) {
 		return w, false
 	}
 	var operations []struct {
-		Op    string
-		Path  string
-		Value any
+		Op, Path, From string
+		Value          any
 	}
 	if body[0] != '[' {
 		return w, json.Unmarshal(body, &w) == nil
@@ -119,13 +158,18 @@ func readWritten(body []byte) (w written, ok bool) {
 	if json.Unmarshal(body, &operations) != nil {
 		return w, false
 	}
+	var all any
 	for _, operation := range operations {
-		if operation.Op == "test" {
-			continue
-		}
 		// What an operation writes at a path, as the merge patch that does the same; what it takes away as null.
 		value := operation.Value
-		for _, part := range slices.Backward(strings.Split(strings.TrimPrefix(operation.Path, "/"), "/")) {
+		switch operation.Op {
+		case "test":
+			continue
+		case "copy", "move":
+			value = copied + operation.From
+		}
+		// The first part is before the first slash.
+		for _, part := range slices.Backward(strings.Split(operation.Path, "/")[1:]) {
 			part = strings.NewReplacer("~1", "/", "~0", "~").Replace(part)
 			if _, err := strconv.Atoi(part); err == nil || part == "-" {
 				value = []any{value}
@@ -133,13 +177,29 @@ func readWritten(body []byte) (w written, ok bool) {
 				value = map[string]any{part: value}
 			}
 		}
-		// It was JSON, so it is again.
-		patch, _ := json.Marshal(value)
-		if json.Unmarshal(patch, &w) != nil {
-			return w, false
+		all = together(all, value)
+	}
+	// It was JSON, so it is again.
+	patch, _ := json.Marshal(all)
+	return w, json.Unmarshal(patch, &w) == nil
+}
+
+// together is what two operations write, one after the other. Numbers of items are not known here, so lists have the items of both.
+func together(before, after any) any {
+	switch after := after.(type) {
+	case map[string]any:
+		if before, ok := before.(map[string]any); ok {
+			for key, value := range after {
+				before[key] = together(before[key], value)
+			}
+			return before
+		}
+	case []any:
+		if before, ok := before.([]any); ok {
+			return append(before, after...)
 		}
 	}
-	return w, true
+	return after
 }
 
 // changeOf returns what an event has changed about the guard, if it has.
@@ -196,7 +256,7 @@ func (g Guard) changeOf(e *auditlog.Event) (Change, bool) {
 func (g Guard) owns(resource, name string, body written) bool {
 	if resource == "validatingwebhookconfigurations" {
 		return name == g.Release || name == g.Release+"-failing-open" ||
-			slices.ContainsFunc(body.Webhooks, func(h *hook) bool { return h != nil && h.Name == webhookName })
+			slices.ContainsFunc(body.hooks(), func(h *hook) bool { return h != nil && h.Name == webhookName })
 	}
 	return strings.HasSuffix(name, "eni-guard.io")
 }
@@ -209,7 +269,7 @@ func (c *Change) mode(verb string, body written, bodied bool) bool {
 	switch {
 	case mode != nil:
 		c.Value, c.What = *mode, "mode "+*mode
-		c.Weakens = *mode == string(webhook.ModeOff) || *mode == string(webhook.ModeAudit)
+		c.Weakens = *mode == string(webhook.ModeOff) || *mode == string(webhook.ModeAudit) || strings.HasPrefix(*mode, copied)
 	case mentioned:
 		c.What = "label of the mode taken away"
 	default:
@@ -234,9 +294,18 @@ func (c *Change) override(verb string, body written) bool {
 	return true
 }
 
+// takesFinalizers says whether a patch leaves no finalizer of those it mentions.
+func (w written) takesFinalizers() bool {
+	var left []*string
+	if len(w.Metadata.Finalizers) == 0 || json.Unmarshal(w.Metadata.Finalizers, &left) != nil {
+		return false
+	}
+	return !slices.ContainsFunc(left, func(name *string) bool { return name != nil })
+}
+
 // finalizers is a change that takes finalizers from a pod without saying which. One that names the guard's is a removal.
 func (c *Change) finalizers(verb string, body written) bool {
-	if value := string(body.Metadata.Finalizers); verb != "patch" || value != "null" && value != "[]" && value != "[null]" {
+	if verb != "patch" || !body.takesFinalizers() {
 		return false
 	}
 	c.Kind, c.What, c.Weakens = ChangeFinalizers, "finalizers taken away", true
@@ -269,7 +338,7 @@ func (c *Change) node(verb string, body written) bool {
 func (c *Change) configuration(verb string, body written, bodied bool) {
 	switch verb {
 	case "delete", "deletecollection":
-		c.What, c.Weakens = "deleted", true
+		c.What, c.Value, c.Weakens = "deleted", gone, true
 		return
 	case "create":
 		c.What = "created"
@@ -279,11 +348,15 @@ func (c *Change) configuration(verb string, body written, bodied bool) {
 	if !bodied {
 		c.What += ", to what is not on record"
 	}
-	for _, hook := range body.Webhooks {
-		if hook == nil {
-			c.What += ", a webhook taken away"
-			c.Weakens = true
+	for _, hook := range body.hooks() {
+		if hook == nil || hook.Patch == "delete" {
+			c.What, c.Value, c.Weakens = c.What+", a webhook taken away", gone, true
 			continue
+		}
+		// A whole object has all of it, whatever has changed.
+		if narrowed := hook.narrowed(); verb == "patch" && body.Kind == "" && len(narrowed) > 0 {
+			c.What += ", what it is asked about: " + strings.Join(narrowed, ", ")
+			c.Weakens = true
 		}
 		if policy := hook.FailurePolicy; policy != nil && !strings.HasSuffix(c.Object, "-failing-open") {
 			c.What += fmt.Sprintf(", failurePolicy %s", *policy)
@@ -299,9 +372,7 @@ func (c *Change) right(g Guard, verb string, body written) bool {
 	for _, subject := range body.Subjects {
 		to = append(to, strings.Join(strings.Fields(subject.Kind+" "+subject.Namespace+" "+subject.Name), " "))
 	}
-	overrides := slices.ContainsFunc(body.Rules, func(rule struct{ Verbs, APIGroups, Resources []string }) bool {
-		return slices.Contains(rule.Resources, forceDeletes)
-	})
+	overrides := slices.ContainsFunc(body.Rules, rule.overrides)
 	switch {
 	case verb == "deletecollection" && (c.Namespace == "" || c.Namespace == g.Namespace) || verb == "delete" && own:
 		c.What, c.Weakens = "deleted", true
@@ -319,6 +390,21 @@ func (c *Change) right(g Guard, verb string, body written) bool {
 		c.What = "changed"
 	}
 	return true
+}
+
+// overrides says whether a rule gives the right to override, other than by giving every right.
+func (r rule) overrides() bool {
+	named := false
+	for _, part := range []struct {
+		has  []string
+		want string
+	}{{r.APIGroups, overrideGroup}, {r.Resources, forceDeletes}, {r.Verbs, "override"}} {
+		if !slices.Contains(part.has, part.want) && !slices.Contains(part.has, "*") {
+			return false
+		}
+		named = named || slices.Contains(part.has, part.want)
+	}
+	return named
 }
 
 func (c *Change) workload(verb, subresource string, body written) bool {

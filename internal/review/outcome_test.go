@@ -268,6 +268,45 @@ func TestAnUpdateThatRepeatsIsNoChange(t *testing.T) {
 	}
 }
 
+// What was changed before says why the guard was not asked.
+func TestWhySomethingSlippedPast(t *testing.T) {
+	configuration := func(request, body string) *auditlog.Event {
+		e := event(request, "", body, "")
+		e.ObjectRef = auditlog.ObjectRef{Resource: "validatingwebhookconfigurations", Name: "eni-guard"}
+		return e
+	}
+	mode := func(mode string) *auditlog.Event {
+		e := event("patch  200", "", `{"metadata":{"labels":{"eni-guard.io/mode":`+mode+`}}}`, "")
+		e.ObjectRef = auditlog.ObjectRef{Resource: "namespaces", Namespace: "shop", Name: "shop"}
+		return e
+	}
+	all := configuration("deletecollection  200", "")
+	all.ObjectRef.Name = ""
+	for _, c := range []struct {
+		name   string
+		before []*auditlog.Event
+		want   string
+	}{
+		{"nothing", nil, ReasonNoTrace},
+		{"deleted", []*auditlog.Event{configuration("delete  200", "")}, ReasonConfigurationDeleted},
+		{"all deleted", []*auditlog.Event{all}, ReasonConfigurationDeleted},
+		{"its webhook taken away", []*auditlog.Event{configuration("patch  200", `{"webhooks":[]}`)}, ReasonConfigurationDeleted},
+		{"deleted, and created again", []*auditlog.Event{configuration("delete  200", ""), configuration("create  201", `{"webhooks":[{"name":"force-delete.eni-guard.io"}]}`)}, ReasonNoTrace},
+		{"off", []*auditlog.Event{mode(`"off"`)}, "ModeOff"},
+		{"off, and no more", []*auditlog.Event{mode(`"off"`), mode("null")}, ReasonNoTrace},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			events := []*auditlog.Event{later(9, event("delete  200", "", forcedBody, pod(markedNow, "", "")))}
+			for i, e := range c.before {
+				events = append(events, later(i+1, e))
+			}
+			if got := reportOf(t, events...).Removals[0].Reason; got != c.want {
+				t.Errorf("%s, not %s", got, c.want)
+			}
+		})
+	}
+}
+
 // Within the same microsecond, what a removal goes by was there before it.
 func TestAChangeCountsForARemovalAtTheSameTime(t *testing.T) {
 	for i := range 20 {

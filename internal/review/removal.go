@@ -532,7 +532,7 @@ func (r *request) undecidedUpdate() []Removal {
 // updatePath tells the two ways apart that are an update.
 func (r *request) updatePath() (webhook.Path, bool) {
 	w, ok := readWritten(r.RequestObject)
-	if label := w.Metadata.Labels[webhook.IgnoreLabel]; ok && label != nil && *label == "true" {
+	if label := w.Metadata.Labels[webhook.IgnoreLabel]; ok && label != nil && (*label == "true" || strings.HasPrefix(*label, copied)) {
 		return webhook.PathIgnoreLabel, true
 	}
 	// A JSON patch takes a finalizer away by its number. Only the API server's notes tell then that it was the guard's.

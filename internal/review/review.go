@@ -225,10 +225,8 @@ func (x *explainer) change(c Change) {
 	switch {
 	case c.Kind == ChangeMode:
 		x.modes[c.Namespace] = c.Value
-	case c.Kind == ChangeConfiguration && c.Object == x.guard.configuration():
-		x.deleted = c.Verb == "delete"
-	case c.Kind == ChangeConfiguration && c.Object == allConfigurations:
-		x.deleted = true
+	case c.Kind == ChangeConfiguration && (c.Object == x.guard.configuration() || c.Object == allConfigurations):
+		x.deleted = c.Value == gone
 	}
 }
 
