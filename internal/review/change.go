@@ -23,7 +23,8 @@ type Change struct {
 	// Kind is what was changed.
 	Kind ChangeKind `json:"kind"`
 	// Object is "RESOURCE NAME", or "RESOURCE NAMESPACE/NAME".
-	Object    string `json:"object"`
+	Object string `json:"object"`
+	// Namespace is whose pods it is about; empty if it is about those of all, as all is that is done to the guard itself.
 	Namespace string `json:"namespace,omitempty"`
 	What      string `json:"what"`
 	// Weakens says that less was guarded afterwards.
@@ -223,7 +224,7 @@ func (g Guard) changeOf(e *auditlog.Event) (Change, bool) {
 		c.Kind, c.Object, c.Namespace = ChangeMode, "namespace "+name, name
 		found = c.mode(e.Verb, body, bodied)
 		if e.Verb == "delete" && name == g.Namespace {
-			c.Kind, c.What, c.Weakens, found = ChangeWorkload, "deleted, with all of the guard", true, true
+			c.Kind, c.Namespace, c.What, c.Weakens, found = ChangeWorkload, "", "deleted, with all of the guard", true, true
 		}
 	case ref.Resource == "pods" && ref.Subresource == "":
 		c.Kind, c.Object, c.Namespace = ChangeOverride, "pod "+ref.Namespace+"/"+name, ref.Namespace
@@ -236,12 +237,15 @@ func (g Guard) changeOf(e *auditlog.Event) (Change, bool) {
 		found = e.Verb == "deletecollection" || g.owns(ref.Resource, name, body)
 		c.configuration(e.Verb, body, bodied)
 	case (ref.Resource == "deployments" || ref.Resource == "daemonsets") && ref.Namespace == g.Namespace:
-		c.Kind, c.Object, c.Namespace = ChangeWorkload, strings.TrimSuffix(ref.Resource, "s")+" "+ref.Namespace+"/"+name, ref.Namespace
+		c.Kind, c.Object = ChangeWorkload, strings.TrimSuffix(ref.Resource, "s")+" "+ref.Namespace+"/"+name
 		found = (e.Verb == "deletecollection" || strings.HasPrefix(name, g.Release+"-")) && c.workload(e.Verb, ref.Subresource, body)
 	case rights[ref.Resource] != "":
-		c.Kind, c.Object, c.Namespace = ChangeRight, rights[ref.Resource]+" "+name, ref.Namespace
+		c.Kind, c.Object = ChangeRight, rights[ref.Resource]+" "+name
 		if ref.Namespace != "" {
 			c.Object = rights[ref.Resource] + " " + ref.Namespace + "/" + name
+		}
+		if ref.Namespace != g.Namespace {
+			c.Namespace = ref.Namespace
 		}
 		// The answer has the whole object, also where a patch has only a part of it.
 		if whole, ok := readWritten(e.ResponseObject); ok && (whole.RoleRef.Name != "" || len(whole.Rules) > 0) {
@@ -374,7 +378,7 @@ func (c *Change) right(g Guard, verb string, body written) bool {
 	}
 	overrides := slices.ContainsFunc(body.Rules, rule.overrides)
 	switch {
-	case verb == "deletecollection" && (c.Namespace == "" || c.Namespace == g.Namespace) || verb == "delete" && own:
+	case verb == "deletecollection" && c.Namespace == "" || verb == "delete" && own:
 		c.What, c.Weakens = "deleted", true
 	case verb == "delete" || verb == "deletecollection":
 		return false

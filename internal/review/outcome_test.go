@@ -178,7 +178,7 @@ func TestAFilterTellsWhatItCannotTell(t *testing.T) {
 	}
 }
 
-// Filters are for changes, too.
+// Filters are for changes, too, as far as these are about a namespace, a pod or a node.
 func TestFiltersSelectChanges(t *testing.T) {
 	review := New(guard)
 	defer review.Close()
@@ -194,6 +194,10 @@ func TestFiltersSelectChanges(t *testing.T) {
 		on(3, event("patch  200", "", `{"metadata":{"annotations":{"eni-guard.io/allow-force-delete":"fire"}}}`, ""), "pods", "shop", "web-0"),
 		on(4, event("delete  200", "", "", ""), "nodes", "", "node-1"),
 		on(5, event("delete  200", "", "", ""), "validatingwebhookconfigurations", "", "eni-guard"),
+		on(6, event("delete  200", "", "", ""), "daemonsets", "eni-guard", "eni-guard-agent"),
+		on(7, event("delete  200", "", "", ""), "namespaces", "eni-guard", "eni-guard"),
+		on(8, event("delete  200", "", "", ""), "roles", "eni-guard", "eni-guard-webhook"),
+		on(9, event("create  201", "", `{"roleRef":{"name":"eni-guard-override"},"subjects":[{"kind":"User","name":"jo"}]}`, ""), "rolebindings", "bank", "oncall"),
 	} {
 		if err := review.Add(e); err != nil {
 			t.Fatal(err)
@@ -203,10 +207,11 @@ func TestFiltersSelectChanges(t *testing.T) {
 		filter Filter
 		want   string
 	}{
-		{Filter{}, "1 2 3 4 5"},
-		{Filter{Namespaces: []string{"shop"}}, "1 3 4 5"},
-		{Filter{Pods: []string{"web-1"}}, "1 2 4 5"},
-		{Filter{Nodes: []string{"node-2"}}, "1 2 3 5"},
+		{Filter{}, "1 2 3 4 5 6 7 8 9"},
+		// What is done to the guard itself is done to all namespaces.
+		{Filter{Namespaces: []string{"shop"}}, "1 3 4 5 6 7 8"},
+		{Filter{Pods: []string{"web-1"}}, "1 2 4 5 6 7 8 9"},
+		{Filter{Nodes: []string{"node-2"}}, "1 2 3 5 6 7 8 9"},
 		{Filter{Users: []string{"mo"}}, ""},
 		{Filter{Since: time.Unix(4, 0), Until: time.Unix(6, 0)}, "3 4"},
 	} {
