@@ -214,7 +214,7 @@ func (q question) run(ctx context.Context, in io.Reader, out, messages io.Writer
 		if err := sources[0].Followable(); err != nil {
 			return exitstatus.With(exitstatus.Usage, fmt.Errorf("--follow: %w", err))
 		}
-		return q.runFollow(ctx, reader, sources[0], out)
+		return q.runFollow(ctx, reader, sources[0], out, messages)
 	}
 	d, err := q.review(ctx, reader, sources, messages)
 	if err != nil {

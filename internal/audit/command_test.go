@@ -413,7 +413,9 @@ func TestFollow(t *testing.T) {
 	out, ended := make(awaited), make(chan error, 1)
 	cmd := NewCommand()
 	cmd.SilenceErrors, cmd.SilenceUsage = true, true
+	var messages bytes.Buffer
 	cmd.SetOut(out)
+	cmd.SetErr(&messages)
 	cmd.SetArgs([]string{"--follow", log})
 	go func() { ended <- cmd.ExecuteContext(ctx) }()
 	expect := func(pod string) {
@@ -434,6 +436,8 @@ func TestFollow(t *testing.T) {
 	write(half[:100])
 	write(half[100:] + half)
 	expect("web-1")
+	// Neither a line that cannot be read, nor what its line does not tell.
+	write("nonsense\n" + strings.ReplaceAll(line("web-9"), "?gracePeriodSeconds=0", ""))
 	if err := os.Rename(log, log+".1"); err != nil {
 		t.Fatal(err)
 	}
@@ -447,5 +451,10 @@ func TestFollow(t *testing.T) {
 	cancel()
 	if err := <-ended; err != nil {
 		t.Errorf("interrupted, it ends with %v", err)
+	}
+	for _, want := range []string{"line 4 is no JSON", "1 deletes of pods: the log has neither a decision nor the pod"} {
+		if !strings.Contains(messages.String(), want) {
+			t.Errorf("at its end it does not tell that %s: %q", want, messages.String())
+		}
 	}
 }

@@ -6,14 +6,15 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 
 	"github.com/eni-guard/eni-guard/internal/auditlog"
 	"github.com/eni-guard/eni-guard/internal/exitstatus"
 	"github.com/eni-guard/eni-guard/internal/review"
 )
 
-// runFollow prints removals as they come, each once, until it is interrupted.
-func (q question) runFollow(ctx context.Context, reader *auditlog.Reader, source auditlog.Source, out io.Writer) error {
+// runFollow prints removals as they come, each once, until it is interrupted, and then what it could not read or tell.
+func (q question) runFollow(ctx context.Context, reader *auditlog.Reader, source auditlog.Source, out, messages io.Writer) error {
 	found := review.NewLive(q.guard)
 	style := styleOf(out)
 	var failed error
@@ -30,7 +31,10 @@ func (q question) runFollow(ctx context.Context, reader *auditlog.Reader, source
 			}
 		}
 	}
-	_, err := reader.Read(ctx, []auditlog.Source{source.Follow(ctx)})
+	read, err := reader.Read(ctx, []auditlog.Source{source.Follow(ctx)})
+	for _, line := range slices.Concat(problemWords(read), untoldWords(found.Untold)) {
+		fmt.Fprintln(messages, printable(line))
+	}
 	if failed == nil && err != nil && !errors.Is(err, context.Canceled) {
 		failed = exitstatus.With(exitUnread, err)
 	}

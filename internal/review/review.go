@@ -250,6 +250,9 @@ const rememberedEvents = 1 << 16
 
 // Live tells removals as they come, each once.
 type Live struct {
+	// Untold counts what the events so far have left open.
+	Untold Untold
+
 	explain *explainer
 	known   map[string]bool
 	// order is that in which the known ones came, a ring.
@@ -265,7 +268,7 @@ func NewLive(guard Guard) *Live {
 // Add takes in an event, and returns the forced removals that it has told of and no event before.
 func (l *Live) Add(e *auditlog.Event) []Removal {
 	news, _ := l.explain.guard.tells(e)
-	if len(news.Removals) == 0 && news.Change == nil {
+	if len(news.Removals) == 0 && news.Change == nil && news.Untold == (Untold{}) {
 		return nil
 	}
 	key := string(eventKey(e))
@@ -275,6 +278,7 @@ func (l *Live) Add(e *auditlog.Event) []Removal {
 	delete(l.known, l.order[l.next])
 	l.known[key], l.order[l.next] = true, key
 	l.next = (l.next + 1) % len(l.order)
+	l.Untold.add(news.Untold)
 	if news.Change != nil {
 		l.explain.change(*news.Change)
 	}
