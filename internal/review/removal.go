@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"cmp"
 	"encoding/json"
+	"net/http"
 	"net/url"
 	"slices"
 	"strconv"
@@ -200,10 +201,25 @@ func (r *request) removals(untold *Untold) []Removal {
 	if strings.Contains(e.ResponseStatus.Message, `failed calling webhook "`+webhookName+`"`) && !e.Succeeded() {
 		return []Removal{r.refusedByServer()}
 	}
+	if gaveUp(e) && !ownKubelet(e) {
+		r.unknown(untold)
+	}
 	if !e.Succeeded() || ownKubelet(e) {
 		return nil
 	}
 	return r.undecided(untold)
+}
+
+// unknown counts a request that may have removed something, by its way in.
+func (r *request) unknown(untold *Untold) {
+	switch r.path { //nolint:exhaustive // a change is not counted
+	case webhook.PathDelete:
+		untold.Deletes++
+	case webhook.PathEviction:
+		untold.Evictions++
+	case webhook.PathCollection:
+		untold.Collections++
+	}
 }
 
 // end says how a removal has ended.
@@ -216,7 +232,7 @@ func (r *request) end(row *Removal) {
 	switch {
 	case row.Decision == Decision(webhook.Denied) || row.Decision == Unanswered:
 		row.Outcome = OutcomeRefused
-	case row.Code == 0 || row.Code >= 300 && r.path == webhook.PathCollection:
+	case row.Code == 0 || gaveUp(r.Event) || row.Code >= 300 && r.path == webhook.PathCollection:
 		row.Outcome = OutcomeUntold
 	case row.Code >= 300:
 		row.Outcome = OutcomeFailed
@@ -226,6 +242,10 @@ func (r *request) end(row *Removal) {
 		row.Outcome = OutcomeRemoved
 	}
 }
+
+// gaveUp says whether the API server has ended the request while its work went on: nobody waits for that, or knows how it ended
+// (k8s.io/apiserver pkg/endpoints/handlers/finisher).
+func gaveUp(e *auditlog.Event) bool { return e.ResponseStatus.Code == http.StatusGatewayTimeout }
 
 // stays says whether the removal left the pod where it was, at least for a while.
 func (r *Removal) stays() bool {
@@ -487,20 +507,20 @@ func (r *request) undecided(untold *Untold) []Removal {
 		return r.undecidedUpdate()
 	case webhook.PathEviction:
 		if r.grace == nil || *r.grace != 0 {
-			untold.Evictions++
+			r.unknown(untold)
 			return nil
 		}
 		return []Removal{r.slipped(nil)}
 	case webhook.PathCollection:
 		if !r.listed {
-			untold.Collections++
+			r.unknown(untold)
 		}
 	default:
 		if !r.listed && r.grace != nil && *r.grace == 0 {
 			return []Removal{r.slipped(nil)}
 		}
 		if !r.listed {
-			untold.Deletes++
+			r.unknown(untold)
 		}
 	}
 	var rows []Removal
