@@ -92,6 +92,7 @@ type written struct {
 	Metadata struct {
 		Labels, Annotations map[string]*string
 		Finalizers          json.RawMessage
+		Taken               []string `json:"$deleteFromPrimitiveList/finalizers"`
 	}
 	Spec struct {
 		Replicas *int32

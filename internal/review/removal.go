@@ -555,9 +555,11 @@ func (r *request) updatePath() (webhook.Path, bool) {
 	if label := w.Metadata.Labels[webhook.IgnoreLabel]; ok && label != nil && (*label == "true" || strings.HasPrefix(*label, copied)) {
 		return webhook.PathIgnoreLabel, true
 	}
-	// A JSON patch takes a finalizer away by its number. Only the API server's notes tell then that it was the guard's.
+	// A JSON patch takes a finalizer away by its number, after a test of its name, if at all. Without one only the API server's notes tell that it
+	// was the guard's.
 	body := string(r.RequestObject)
-	if strings.Contains(body, webhook.Finalizer) || strings.Contains(body, "finalizers") && (r.failedOpen() || r.Annotations[policyReason] != "") {
+	named := slices.Contains(w.Metadata.Taken, webhook.Finalizer) || w.takesFinalizers() && strings.Contains(body, webhook.Finalizer)
+	if named || strings.Contains(body, "finalizers") && (r.failedOpen() || r.Annotations[policyReason] != "") {
 		return webhook.PathFinalizer, true
 	}
 	return "", false
