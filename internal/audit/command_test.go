@@ -387,14 +387,46 @@ func (a awaited) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
+// forcedOf is a forced removal that nobody was asked about.
+func forcedOf(pod string) string {
+	return `{"kind":"Event","apiVersion":"audit.k8s.io/v1","level":"Metadata","auditID":"` + pod + `","stage":"ResponseComplete","requestURI":"/api/v1/namespaces/shop/pods/` + pod + `?gracePeriodSeconds=0",` +
+		`"verb":"delete","user":{"username":"jo"},"objectRef":{"resource":"pods","namespace":"shop","name":"` + pod + `"},"responseStatus":{"code":200},"requestReceivedTimestamp":"2026-11-25T01:02:03.000004Z"}` + "\n"
+}
+
+// For programs, one removal a line, of those that are asked for.
+func TestFollowInJSON(t *testing.T) {
+	log := filepath.Join(t.TempDir(), "audit.log")
+	if err := os.WriteFile(log, []byte(forcedOf("web-0")+forcedOf("web-1")), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	out, ended := make(awaited), make(chan error, 1)
+	cmd := NewCommand()
+	cmd.SilenceErrors, cmd.SilenceUsage = true, true
+	cmd.SetOut(out)
+	cmd.SetArgs([]string{"--follow", "-o", "json", "--pod", "web-1", log})
+	go func() { ended <- cmd.ExecuteContext(ctx) }()
+	select {
+	case text := <-out:
+		var told review.Removal
+		if err := json.Unmarshal([]byte(text), &told); err != nil || told.Pod != "web-1" || told.Decision != review.SlippedPast || strings.Count(text, "\n") != 1 {
+			t.Errorf("%v: %q", err, text)
+		}
+	case err := <-ended:
+		t.Fatalf("it ended: %v", err)
+	case <-time.After(time.Minute):
+		t.Fatal("it does not tell")
+	}
+	cancel()
+	if err := <-ended; err != nil {
+		t.Error(err)
+	}
+}
+
 // What is written is told as it comes, also when the log is rotated, each once.
 func TestFollow(t *testing.T) {
 	dir := t.TempDir()
 	log := filepath.Join(dir, "audit.log")
-	line := func(pod string) string {
-		return `{"kind":"Event","apiVersion":"audit.k8s.io/v1","level":"Metadata","auditID":"` + pod + `","stage":"ResponseComplete","requestURI":"/api/v1/namespaces/shop/pods/` + pod + `?gracePeriodSeconds=0",` +
-			`"verb":"delete","user":{"username":"jo"},"objectRef":{"resource":"pods","namespace":"shop","name":"` + pod + `"},"responseStatus":{"code":200},"requestReceivedTimestamp":"2026-11-25T01:02:03.000004Z"}` + "\n"
-	}
 	write := func(text string) {
 		t.Helper()
 		file, err := os.OpenFile(log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
@@ -408,7 +440,7 @@ func TestFollow(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	write(line("web-0"))
+	write(forcedOf("web-0"))
 	ctx, cancel := context.WithCancel(t.Context())
 	out, ended := make(awaited), make(chan error, 1)
 	cmd := NewCommand()
@@ -432,21 +464,21 @@ func TestFollow(t *testing.T) {
 		}
 	}
 	expect("web-0")
-	half := line("web-1")
+	half := forcedOf("web-1")
 	write(half[:100])
 	write(half[100:] + half)
 	expect("web-1")
 	// Neither a line that cannot be read, nor what its line does not tell.
-	write("nonsense\n" + strings.ReplaceAll(line("web-9"), "?gracePeriodSeconds=0", ""))
+	write("nonsense\n" + strings.ReplaceAll(forcedOf("web-9"), "?gracePeriodSeconds=0", ""))
 	if err := os.Rename(log, log+".1"); err != nil {
 		t.Fatal(err)
 	}
-	write(line("web-2"))
+	write(forcedOf("web-2"))
 	expect("web-2")
 	if err := os.Truncate(log, 0); err != nil {
 		t.Fatal(err)
 	}
-	write(line("w-3"))
+	write(forcedOf("w-3"))
 	expect("w-3")
 	cancel()
 	if err := <-ended; err != nil {
