@@ -1,6 +1,7 @@
 package review
 
 import (
+	"cmp"
 	"encoding/json"
 	"fmt"
 	"slices"
@@ -90,6 +91,7 @@ type written struct {
 	// Kind is that of a whole object; a patch that says what changes has none.
 	Kind     string
 	Metadata struct {
+		Name                string
 		Labels, Annotations map[string]*string
 		Finalizers          json.RawMessage
 		Taken               []string `json:"$deleteFromPrimitiveList/finalizers"`
@@ -241,16 +243,17 @@ func (g Guard) changeOf(e *auditlog.Event) (Change, bool) {
 		c.Kind, c.Object = ChangeWorkload, strings.TrimSuffix(ref.Resource, "s")+" "+ref.Namespace+"/"+name
 		found = (e.Verb == "deletecollection" || strings.HasPrefix(name, g.Release+"-")) && c.workload(e.Verb, ref.Subresource, body)
 	case rights[ref.Resource] != "":
+		// The answer has the whole object, also where a patch has only a part of it, and a name that the API server has made.
+		if whole, ok := readWritten(e.ResponseObject); ok && (whole.RoleRef.Name != "" || len(whole.Rules) > 0) {
+			body, name = whole, cmp.Or(name, whole.Metadata.Name)
+			c.Name = name
+		}
 		c.Kind, c.Object = ChangeRight, rights[ref.Resource]+" "+name
 		if ref.Namespace != "" {
 			c.Object = rights[ref.Resource] + " " + ref.Namespace + "/" + name
 		}
 		if ref.Namespace != g.Namespace {
 			c.Namespace = ref.Namespace
-		}
-		// The answer has the whole object, also where a patch has only a part of it.
-		if whole, ok := readWritten(e.ResponseObject); ok && (whole.RoleRef.Name != "" || len(whole.Rules) > 0) {
-			body = whole
 		}
 		found = c.right(g, e.Verb, body)
 	}
