@@ -126,18 +126,19 @@ func runtimeIsSilent(failure string) bool {
 // afterDialing says what to do about err, with which the CRI socket could not be dialled, if anything; others are sockets that are there.
 func afterDialing(socket string, err error, others []string) string {
 	others = slices.DeleteFunc(others, func(other string) bool { return other == strings.TrimPrefix(socket, "unix://") })
-	elsewhere := "name the socket of the container runtime by --cri-socket, or start the runtime"
+	elsewhere, start := "name the socket of the container runtime by --cri-socket", ", or start the runtime"
 	if len(others) > 0 {
-		elsewhere = "name the socket of the container runtime by --cri-socket: this host has " + strings.Join(others, " and ")
+		elsewhere, start = elsewhere+": this host has "+strings.Join(others, " and "), ""
 	}
 	switch {
 	case errors.Is(err, fs.ErrPermission):
 		return "run it as root: " + socket + " belongs to root"
 	case errors.Is(err, fs.ErrNotExist):
-		return "there is no " + socket + "; " + elsewhere
+		return "there is no " + socket + "; " + elsewhere + start
 	case errors.Is(err, syscall.ECONNREFUSED):
 		return "no container runtime listens at " + socket + "; start it, or " + elsewhere
-	case errors.Is(err, os.ErrDeadlineExceeded), errors.Is(err, context.DeadlineExceeded):
+	// EAGAIN: as many as the socket holds wait to be let in (unix(7)).
+	case errors.Is(err, syscall.EAGAIN), errors.Is(err, os.ErrDeadlineExceeded), errors.Is(err, context.DeadlineExceeded):
 		return silentRuntime
 	default:
 		return ""

@@ -301,6 +301,8 @@ func TestTheNextStepWithoutARuntime(t *testing.T) {
 		{"/run/x.sock", dial("/run/x.sock"), nil, "there is no /run/x.sock; name the socket of the container runtime by --cri-socket, or start the runtime"},
 		{"/run/x.sock", dial("/run/x.sock"), []string{"/run/crio/crio.sock"}, "there is no /run/x.sock; name the socket of the container runtime by --cri-socket: this host has /run/crio/crio.sock"},
 		{nobody, dial(nobody), []string{nobody, "/run/crio/crio.sock"}, "no container runtime listens at " + nobody + "; start it, or name the socket of the container runtime by --cri-socket: this host has /run/crio/crio.sock"},
+		{nobody, dial(nobody), nil, "no container runtime listens at " + nobody + "; start it, or name the socket of the container runtime by --cri-socket"},
+		{"/run/x.sock", &net.OpError{Op: "dial", Err: os.NewSyscallError("connect", unix.EAGAIN)}, nil, silentRuntime},
 		{"/run/x.sock", &net.OpError{Op: "dial", Err: os.NewSyscallError("connect", unix.EACCES)}, nil, "run it as root: /run/x.sock belongs to root"},
 		{"/run/x.sock", context.DeadlineExceeded, nil, silentRuntime},
 		{"/run/x.sock", nil, nil, ""},
