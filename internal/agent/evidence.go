@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
 
 	"github.com/eni-guard/eni-guard/internal/sandbox"
 )
@@ -237,9 +238,16 @@ func record(s podSandbox) sandbox.Sandbox {
 	return shown
 }
 
+// text is an error on one line; what several looks have run into is told once.
 func text(err error) string {
 	if err == nil {
 		return ""
 	}
-	return err.Error()
+	var told []string
+	for line := range strings.SplitSeq(err.Error(), "\n") {
+		if !slices.Contains(told, line) {
+			told = append(told, line)
+		}
+	}
+	return strings.Join(told, "; ")
 }

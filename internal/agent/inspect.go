@@ -392,7 +392,7 @@ func (i *Inspector) byName(ctx context.Context, name sandbox.Pod) answer {
 	}
 	a := i.reports(ctx, pods)
 	if err != nil {
-		a.Failures = append(a.Failures, "the runtime's sandboxes could not be listed, so there may be other pods of this name: "+err.Error())
+		a.Failures = append(a.Failures, "the runtime's sandboxes could not be listed, so there may be other pods of this name: "+text(err))
 		a.Verdict = worse(a.Verdict, sandbox.Unknown)
 	}
 	if len(pods) == 0 && err == nil {
@@ -413,17 +413,13 @@ func (i *Inspector) holdersOf(ctx context.Context, ip netip.Addr) answer {
 		}
 	}
 	own, err := run(ctx, i.slots[sandbox.ProbeNetns], func(context.Context) ([]assignment, error) { return i.host.ownAddress(ip) })
-	if err != nil {
-		a.Failures = append(a.Failures, err.Error())
-	}
+	a.missed(err)
 	for _, address := range own {
 		a.Verdict = sandbox.Bound
 		a.Holders = append(a.Holders, Trace{Findings: []sandbox.Finding{{Kind: sandbox.IPAssigned, IP: ip, Interface: address.device, Netns: s.view.host + ", the host's own"}}})
 	}
 	paths, err := run(ctx, i.slots[sandbox.ProbeNetns], func(context.Context) (hostPaths, error) { return i.host.paths([]netip.Addr{ip}) })
-	if err != nil && !slices.Contains(a.Failures, err.Error()) {
-		a.Failures = append(a.Failures, err.Error())
-	}
+	a.missed(err)
 	for _, r := range paths.routes {
 		a.Routes = append(a.Routes, r.String())
 		// Who could not look into every namespace does not know that none has the address.
@@ -503,10 +499,15 @@ func (t Trace) same(other Trace) bool { return t.key == other.key }
 // told is a trace as it is printed; what could not be read of it is a failure of the answer.
 func (i *Inspector) told(ctx context.Context, s survey, t Trace, a *answer) Trace {
 	described, err := i.described(ctx, s, t)
-	if err != nil {
-		a.Failures = append(a.Failures, err.Error())
-	}
+	a.missed(err)
 	return described
+}
+
+// missed adds what could not be looked at, unless a probe has said the same.
+func (a *answer) missed(err error) {
+	if err != nil && !slices.ContainsFunc(a.Failures, func(f string) bool { return strings.Contains(f, text(err)) }) {
+		a.Failures = append(a.Failures, text(err))
+	}
 }
 
 // print writes the answer for people or for programs.

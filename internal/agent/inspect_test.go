@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -160,6 +161,33 @@ func TestInspectWithoutARuntime(t *testing.T) {
 				t.Errorf("printed %s, want %q", out.String(), want)
 			}
 		})
+	}
+}
+
+// What cannot be looked at is told on one line each, and once, however many looks it was in the way of.
+func TestInspectTellsAFailureOnce(t *testing.T) {
+	runtime := fakeRuntime(func(context.Context, string) (podRecords, error) { return podRecords{}, nil })
+	i := newInspector("node-a", newRecordedHost(t).Host, runtime) // whose /proc does not show the host's namespaces
+	for question, a := range map[string]answer{
+		"--uid": i.reports(t.Context(), []sandbox.Pod{{UID: podUID}}),
+		"--ip":  i.holdersOf(t.Context(), podAddress),
+	} {
+		t.Run(question, func(t *testing.T) {
+			if len(a.Failures) == 0 {
+				t.Error("nothing has failed")
+			}
+			for n, failure := range a.Failures {
+				again := slices.ContainsFunc(a.Failures[n+1:], func(other string) bool {
+					return !strings.HasPrefix(other, "the probe") && strings.Contains(failure, other)
+				})
+				if again || strings.Contains(failure, "\n") {
+					t.Errorf("%q of %q", failure, a.Failures)
+				}
+			}
+		})
+	}
+	if got := text(errors.Join(errors.New("a"), errors.New("b"), errors.New("a"))); got != "a; b" {
+		t.Errorf("got %q", got)
 	}
 }
 
