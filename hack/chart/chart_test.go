@@ -167,10 +167,12 @@ func TestCallsOfOneRemovalReachOneReplica(t *testing.T) {
 
 // excludedNodes takes what the webhook takes as a label selector, and nothing else.
 func TestExcludedNodesAreLabelSelectors(t *testing.T) {
+	long := strings.Repeat("a", 63)
 	for _, selector := range []string{
 		"type=virtual-kubelet", "type==virtual-kubelet", "type!=virtual-kubelet", "type", "!type", "! type", "a=", "kubernetes.io/os=windows",
 		"a in (b)", "a in (b, c),!d", "a notin (b,c)", "a=b,c=d", "cores>8", "cores < 8", " a = b ",
 		"", "a b", "=", "a=b c", "a in b", "a in (b", "A/b/c=d", "a==b==c", ",", "a,", "-a=b", "a=-b", "a=b;c=d", "cores>many",
+		long, "example.com/" + long, long + "x", "a=" + long, "a=" + long + "x", "a in (" + long + "x)", "a.b/c", "a..b/c", "a.-b/c", ".a/b",
 	} {
 		_, parsed := labels.Parse(selector)
 		_, rendered := render(repo, cluster{version: newest}, map[string]any{"excludedNodes": []any{selector}})
