@@ -126,6 +126,9 @@ func TestWrongValuesAreRefused(t *testing.T) {
 		"agent: {resources: {requests: {cpu: 1}, limits: {cpu: 0.5}}}": "agent.resources.requests.cpu (1) must not be above agent.resources.limits.cpu (0.5)",
 		"prometheus: {podMonitor: {interval: 30}}":                     "at '/prometheus/podMonitor/interval': got number, want string",
 		"grafana: {dashboard: {label: {}}}":                            "at '/grafana/dashboard': additional properties 'label' not allowed",
+
+		"webhook: {networkPolicy: {reviewsFrom: [{ipBlock: {cidr: 10.0.0.1}}]}}": "at '/webhook/networkPolicy/reviewsFrom/0/ipBlock/cidr'",
+		"webhook: {networkPolicy: {metricsFrom: [{}]}}":                          "at '/webhook/networkPolicy/metricsFrom/0': minProperties",
 	} {
 		t.Run(text, func(t *testing.T) {
 			_, err := render(repo, cluster{version: newest}, values(t, text))
@@ -143,6 +146,7 @@ func TestValuesAtTheEdgeAreTaken(t *testing.T) {
 		"commonLabels: {" + long + ": " + long + ", example.com/team: '', a.b-c/D_e.F: 1.0-rc_1}",
 		"webhook: {podAnnotations: {example.com/Why: 'any text: ä'}}",
 		"image: {repository: eni-guard}",
+		"webhook: {networkPolicy: {reviewsFrom: [{ipBlock: {cidr: 10.0.0.0/8, except: [10.1.0.0/16]}}, {ipBlock: {cidr: 'fd00::/8'}}]}}",
 		"image: {repository: 'r-1.example.com:5000/a_b/c__d/e--f.g'}",
 		"image: {repository: '10.0.0.1:5000/a'}",
 		"agent: {resources: {requests: {cpu: 1000m}, limits: {cpu: 1}}}",

@@ -33,6 +33,8 @@ func valuesTable(repo string) (string, error) {
 How to install it is in [the README of the repository](../../README.md#install), what it costs and how it works in
 [docs/design.md](../../docs/design.md). Agents need a namespace that allows privileged pods: where Pod Security is enforced, label it
 ` + "`pod-security.kubernetes.io/enforce=privileged`" + `. A wrong value is refused before anything is installed, and named by its path.
+Inside of what Kubernetes itself defines, such as an affinity or a toleration, it is the API server that refuses it, in the middle of the
+installation: correct it, and repeat the same as ` + "`helm upgrade --install`" + `.
 
 To upgrade to another version of the chart, use ` + "`--reset-then-reuse-values`" + `: with ` + "`--reuse-values`" + ` Helm leaves out the values that are new
 in it, and the schema says which are missing.
