@@ -102,7 +102,7 @@ func TestPlan(t *testing.T) {
 		{"the leaves have expired", given{one, old, start, nil, nil}, start.Add(100 * day), step{leaves: both, again: start.Add(100 * day)}},
 		{"a leaf is missing", given{one, old, start, []string{"agent"}, nil}, start, step{leaves: []string{"agent"}, again: start}},
 		{"the leaves are of nobody who is trusted", given{one, fresh, start, nil, nil}, start, step{leaves: both, again: start}},
-		{"a leaf was made to last ten times as long", given{one, old, start.Add(900 * day), nil, nil}, start, step{leaves: both, again: start}},
+		{"the leaves are of the future", given{one, old, start.Add(900 * day), nil, nil}, start, step{leaves: both, again: start}},
 		{"a bundle was wiped", given{one, old, start, nil, []string{"closed"}}, start, step{bundles: []string{"closed"}, again: start}},
 		{"a leaf lacks an authority", given{one, old, start, nil, []string{"client"}}, start, step{spread: []string{"client"}, again: start}},
 		{"the authority is due", given{one, old, authorityDue, nil, nil}, authorityDue, step{change: introduce}},
@@ -142,6 +142,28 @@ func TestPlan(t *testing.T) {
 				t.Errorf("got  %+v\nwant %+v", got, c.want)
 			}
 		})
+	}
+}
+
+// A certificate is replaced when a third of its life is left, and when it was made while the settings let it live for much longer.
+func TestDue(t *testing.T) {
+	for _, c := range []struct {
+		made, validity time.Duration // of the certificate, and that of new ones
+		want           bool
+	}{
+		{90 * day, 90 * day, false},
+		{30 * day, 90 * day, true},
+		{30*day + time.Second, 90 * day, false},
+		{120 * day, 90 * day, false},
+		{120*day + time.Second, 90 * day, true},
+	} {
+		leaf, err := newLeaf(authority(t, start), "agent", start, c.made)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := due(leaf.certificate, c.validity, start); got != c.want {
+			t.Errorf("made for %s, where new ones are made for %s: due %t", c.made, c.validity, got)
+		}
 	}
 }
 

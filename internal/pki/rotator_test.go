@@ -283,6 +283,13 @@ func TestTwoReplicasMakeOneAuthority(t *testing.T) {
 	if err := w.write(t.Context(), nil, "r-ca", corev1.SecretTypeOpaque, data); !apierrors.IsConflict(err) {
 		t.Errorf("the late replica did not get a conflict: %v", err)
 	}
+	bundle := w.objects().configurations["r"]
+	if err := w.writeBundle(t.Context(), bundle, []byte("first")); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.writeBundle(t.Context(), bundle, []byte("second")); !apierrors.IsConflict(err) {
+		t.Errorf("a replica that has slept did not get a conflict about the configuration: %v", err)
+	}
 	stale := w.objects().secrets["r-ca"]
 	if err := w.write(t.Context(), stale, "r-ca", corev1.SecretTypeOpaque, data); err != nil {
 		t.Fatal(err)
