@@ -286,7 +286,10 @@ func TestANamespaceThatIsHandedOnMeanwhile(t *testing.T) {
 		t.Fatal(err)
 	}
 	listed := func() []netNamespace { return []netNamespace{{id: id, tasks: leaders([]int{ended.Process.Pid})}} }
-	if left, processErr, err := realNode.readOccupied(t.Context(), listed()); len(left) != 1 || !slices.Equal(left[0].addresses, []assignment{{testAddress, "lo"}}) || left[0].unread != nil || processErr != nil || err != nil {
+	quiet := exec.CommandContext(t.Context(), "sleep", "600")
+	beside := netNamespace{id: inNamespace(t, quiet), tasks: leaders([]int{quiet.Process.Pid})}
+	left, processErr, err := realNode.readOccupied(t.Context(), append(listed(), beside))
+	if len(left) != 2 || left[0].id != beside.id || left[1].id != id || !slices.Equal(left[1].addresses, []assignment{{testAddress, "lo"}}) || left[1].unread != nil || processErr != nil || err != nil {
 		t.Errorf("got %+v, %v, %v", left, processErr, err)
 	}
 	// The next one too, and so on.

@@ -324,7 +324,8 @@ func TestRuntimeThatIsNotThere(t *testing.T) {
 
 const helperElsewhere = "ENI_GUARD_HELPER_ELSEWHERE"
 
-// TestHelperElsewhere is the process of the test below: it prints what the runtime whose socket it is given says.
+// TestHelperElsewhere is the process of the test below: it prints whether it could ask the runtime whose socket it is given, and could list
+// the namespaces of the node.
 func TestHelperElsewhere(t *testing.T) {
 	socket := os.Getenv(helperElsewhere)
 	if socket == "" {
@@ -334,7 +335,8 @@ func TestHelperElsewhere(t *testing.T) {
 	if err == nil {
 		_, err = runtime.version(t.Context())
 	}
-	fmt.Printf("%d: %v\n", os.Getpid(), err)
+	_, namespacesErr := realNode.mountedNamespaces()
+	fmt.Printf("%d: %v, %v\n", os.Getpid(), err, namespacesErr)
 }
 
 // Who is in a PID namespace of its own sees no process of the node, and must not say that there is none. Whether it is process 1 there does
@@ -350,7 +352,10 @@ func TestOnlyInThePIDNamespaceOfTheRuntime(t *testing.T) {
 	runtimeapi.RegisterRuntimeServiceServer(server, &recordedCRI{})
 	go func() { _ = server.Serve(listener) }()
 	t.Cleanup(server.Stop)
-	for flags, want := range map[uintptr]string{0: ": <nil>\n", unix.CLONE_NEWPID: "hostPID: true is missing"} {
+	for flags, want := range map[uintptr]string{
+		0:                 ": <nil>, <nil>\n",
+		unix.CLONE_NEWPID: `does not run in the host's PID namespace (hostPID: true is missing)", the agent has a PID namespace of its own`,
+	} {
 		cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run", "^TestHelperElsewhere$")
 		cmd.Env = append(os.Environ(), helperElsewhere+"="+socket)
 		cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: flags}
