@@ -195,6 +195,19 @@ func crowd(b *testing.B, n int) (end func()) {
 // a node with 60 sandboxes.
 func BenchmarkAgentAtRest(b *testing.B) {
 	startMany(b, benchNamespace(b, nil), 0, 60)
+	// The agent looks each time that a pod goes, as those of the benchmark before do for a while.
+	if err := incident.Wait(b.Context(), 5*time.Minute, "the pods of other benchmarks to be gone", func(ctx context.Context) error {
+		pods, err := cluster.CoreV1().Pods("").List(ctx, metav1.ListOptions{})
+		if err != nil {
+			return err
+		}
+		if i := slices.IndexFunc(pods.Items, func(p corev1.Pod) bool { return p.DeletionTimestamp != nil }); i >= 0 {
+			return fmt.Errorf("%s/%s is still there", pods.Items[i].Namespace, pods.Items[i].Name)
+		}
+		return nil
+	}); err != nil {
+		b.Fatal(err)
+	}
 	agents := hostAgents(b)
 	if len(agents) != 1 {
 		b.Fatalf("%d agents run", len(agents))
