@@ -69,6 +69,16 @@ func TestInspect(t *testing.T) {
 		h.thread(42, "java", "D", "nfs_wait", "")
 		return h
 	}
+	onHostNetwork := func(t *testing.T, _ ...string) recordedHost {
+		h := lookable(t)
+		host, err := h.namespace("net")
+		if err != nil {
+			t.Fatal(err)
+		}
+		h.group("kubepods/pod"+podUID+"/c1", 42)
+		h.thread(42, "java", "S", "x", host)
+		return h
+	}
 	failing := func(context.Context, string) (podRecords, error) {
 		return podRecords{}, errors.New("connection refused")
 	}
@@ -91,6 +101,7 @@ func TestInspect(t *testing.T) {
 			return podRecords{sandboxes: []podSandbox{{id: "s1", details: details{netnsPath: "/run/netns/closed"}}}}, nil
 		}, sandbox.Released, "", ""},
 		{"only the kernel knows a process", stuckHost, knowsNothing, sandbox.Bound, "ProcessAlive", ""},
+		{"a process of it is in the host's namespace, which is not the pod's", onHostNetwork, knowsNothing, sandbox.Bound, "ProcessAlive", ""},
 		{"the runtime is down", lookable, failing, sandbox.Unknown, "", `the probe "runtime" did not run: connection refused`},
 		{"the runtime is down, but a process is there", stuckHost, failing, sandbox.Bound, "ProcessAlive", `the probe "runtime" did not run: connection refused`},
 	} {

@@ -260,9 +260,21 @@ func TestANamespaceThatOnlyAProcessKeeps(t *testing.T) {
 	if want := []assignment{{testAddress, "lo"}, {ipv6, "lo"}}; !reflect.DeepEqual(n.addresses, want) {
 		t.Errorf("got %v, want %v", n.addresses, want)
 	}
-	// The kernel names the devices of IPv4 addresses only.
-	alone := inNamespace(t, exec.CommandContext(t.Context(), "sleep", "600"), ipv6)
-	if n, _ := look(t, thorough).namespace(alone); !slices.Equal(n.addresses, []assignment{{ipv6, "lo"}}) {
+	// The kernel names the devices of IPv4 addresses only; and link-local ones mean nothing elsewhere.
+	other := exec.CommandContext(t.Context(), "sleep", "600")
+	alone := inNamespace(t, other)
+	pair := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "eth0"}, PeerName: "peer"}
+	away(t, func() error {
+		ns, err := netns.GetFromPid(other.Process.Pid)
+		if err == nil {
+			err = errors.Join(netns.Set(ns), ns.Close(), netlink.LinkAdd(pair))
+		}
+		for _, address := range []netip.Addr{ipv6, netip.MustParseAddr("fe80::5")} {
+			err = errors.Join(err, netlink.AddrAdd(pair, &netlink.Addr{IPNet: netlink.NewIPNet(address.AsSlice())}))
+		}
+		return err
+	})
+	if n, _ := look(t, thorough).namespace(alone); !slices.Equal(n.addresses, []assignment{{ipv6, "eth0"}}) {
 		t.Errorf("of IPv6 alone: got %v", n.addresses)
 	}
 	// A process that has ended since takes its namespace along: that is no error, and no namespace.

@@ -266,6 +266,10 @@ func TestDetailsAreRemembered(t *testing.T) {
 	if err != nil || found.sandboxes[0].ready || !reflect.DeepEqual(found.sandboxes[0].ips, newSandbox.ips) {
 		t.Errorf("got %+v (%v)", found, err)
 	}
+	runtime.forget([]podSandbox{{id: "new"}, {id: "other"}})
+	if !slices.Equal(known(), []string{"new"}) {
+		t.Errorf("of what is there, it still remembers %v", known())
+	}
 	runtime.forget([]podSandbox{{id: "other"}})
 	if len(known()) > 0 {
 		t.Errorf("still remembers %v", known())
