@@ -1,8 +1,11 @@
 package agent
 
 import (
+	"context"
 	"fmt"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"slices"
 	"testing"
 	"time"
@@ -49,6 +52,104 @@ func TestTraces(t *testing.T) {
 	}
 	if !slices.Equal(got, want) {
 		t.Errorf("got  %q\nwant %q", got, want)
+	}
+}
+
+// Each probe has its part in a look at the whole node; one that fails is named, and the others are not lost.
+func TestSurvey(t *testing.T) {
+	name := fmt.Sprintf("eni-guard-test-survey-%d", os.Getpid())
+	namedNamespace(t, name)
+	path := filepath.Join(netnsDir, name)
+	broken := func(file string) func(h recordedHost) {
+		return func(h recordedHost) { h.write(filepath.Dir(h.Proc), file, "garbage") }
+	}
+	for _, test := range []struct {
+		name   string
+		change func(h recordedHost)
+		err    error // of the runtime
+		failed sandbox.ProbeName
+	}{
+		{"all is well", func(recordedHost) {}, nil, ""},
+		{"the runtime is down", func(recordedHost) {}, errProbe, sandbox.ProbeRuntime},
+		{"a cgroup cannot be read", func(h recordedHost) { h.write(h.Cgroup, "kubepods/pod"+podUID+"/c1/cgroup.procs", "garbage") }, nil, sandbox.ProbeCgroups},
+		{"a process cannot be read", broken("proc/43/ns/net"), nil, sandbox.ProbeProcesses},
+		{"the mount table cannot be read", broken("proc/thread-self/mountinfo"), nil, sandbox.ProbeNetns},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			h := lookable(t, path)
+			h.group("kubepods/pod"+podUID+"/c1", pid)
+			h.process(43, "java", "S", "x", "net:[7]")
+			test.change(h)
+			s := newInspector("node-a", h.Host, fakeRuntime(func(context.Context, string) (podRecords, error) {
+				return podRecords{sandboxes: []podSandbox{{id: "s1"}}}, test.err
+			})).survey(t.Context())
+			for _, probe := range s.probes {
+				if failed := probe.Error != ""; failed != (probe.Name == test.failed) {
+					t.Errorf("probe %s: %q", probe.Name, probe.Error)
+				}
+			}
+			if len(s.probes) != 4 || s.runtimeAnswered() != (test.err == nil) || len(s.records.sandboxes) != 1 {
+				t.Errorf("got %+v", s)
+			}
+			if members := s.members[podUID]; test.failed != sandbox.ProbeCgroups && !slices.Equal(members, []int{pid}) {
+				t.Errorf("in the pod's cgroup are %v", members)
+			}
+			if found := s.view.mountedAt(path) != ""; found != (test.failed != sandbox.ProbeNetns) {
+				t.Errorf("the namespace is seen: %v", found)
+			}
+		})
+	}
+}
+
+// A namespace is that pod's for whose sandbox it is recorded, whoever is in it; without a record, that of what is in it, if that has not
+// come from a pod whose sandbox has a namespace of its own.
+func TestWhoseANamespaceIs(t *testing.T) {
+	const thirdUID = "22222222-2222-3333-4444-555555555555"
+	for _, test := range []struct {
+		name   string
+		change func(s *survey)
+		owner  string
+	}{
+		{"recorded, with nothing in it", func(s *survey) { s.view.namespaces[1].tasks = nil }, otherUID + " s2"},
+		{"recorded, with a process of another pod in it", func(s *survey) { s.view.namespaces[1].tasks = leaders([]int{10}) }, otherUID + " s2"},
+		{"not recorded any more", func(s *survey) { s.records.sandboxes = s.records.sandboxes[:1] }, otherUID + " "},
+		{"not recorded any more, with a process of a pod that is recorded in it", func(s *survey) {
+			s.records.sandboxes = s.records.sandboxes[:1]
+			s.view.namespaces[1].tasks = leaders([]int{20, 10})
+		}, otherUID + " "},
+		{"not recorded any more, with that one first", func(s *survey) {
+			s.records.sandboxes = s.records.sandboxes[:1]
+			s.view.namespaces[1].tasks = leaders([]int{10, 20})
+		}, otherUID + " "},
+		{"not recorded any more, with processes of two such pods in it", func(s *survey) {
+			s.records.sandboxes, s.members[thirdUID] = s.records.sandboxes[:1], []int{30}
+			s.view.namespaces[1].tasks = leaders([]int{20, 30})
+		}, otherUID + " "},
+		{"not recorded any more, with a process of no pod in it too", func(s *survey) {
+			s.records.sandboxes = s.records.sandboxes[:1]
+			s.view.namespaces[1].tasks = leaders([]int{10, 99})
+		}, podUID + " "},
+		{"not recorded any more, with nothing in it", func(s *survey) {
+			s.records.sandboxes = s.records.sandboxes[:1]
+			s.view.namespaces[1].tasks = nil
+		}, " "},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			s := twoPods()
+			test.change(&s)
+			path := s.view.namespaces[1].name()
+			var got []string
+			for _, trace := range s.traces() {
+				for _, f := range trace.Findings {
+					if f.Kind == sandbox.NetnsOpen && f.Netns == path {
+						got = append(got, trace.Pod.UID+" "+f.Sandbox)
+					}
+				}
+			}
+			if !slices.Equal(got, []string{test.owner}) {
+				t.Errorf("it is %q's, not %q's", got, test.owner)
+			}
+		})
 	}
 }
 
