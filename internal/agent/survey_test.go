@@ -196,6 +196,9 @@ func TestLeftovers(t *testing.T) {
 		{"a namespace of something else, with a pod's address", func(s *survey) { s.view.namespaces = append(s.view.namespaces, mount("/run/netns/x", podAddress)) }, both,
 			[]string{" " + leftoverOtherOwner}},
 		{"a namespace of something else", func(s *survey) { s.view.namespaces = append(s.view.namespaces, mount("/run/netns/x", other)) }, both, nil},
+		{"the same, and the API server has one of the pods", func(s *survey) { s.view.namespaces = append(s.view.namespaces, mount("/run/netns/x", other)) }, livePod,
+			[]string{otherUID + " " + leftoverOfGonePod}},
+		{"the API server has a pod whose record is gone", func(s *survey) { s.records.sandboxes = s.records.sandboxes[:1] }, both, nil},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			s := twoPods()
@@ -220,6 +223,30 @@ func TestSharedAddresses(t *testing.T) {
 	got := sharedAddresses(s.traces())
 	if len(got) != 1 || got[0].IP != podAddress || len(got[0].Holders) != 2 || got[0].Holders[0].Pod.UID != otherUID || got[0].Holders[1].Pod.UID != podUID {
 		t.Errorf("got %+v", got)
+	}
+}
+
+// What a trace's processes do is read when it is told: of those that are still there, the most telling first.
+func TestDescribed(t *testing.T) {
+	h := lookable(t)
+	h.process(20, "sh", "S", "x", "net:[8]")
+	h.process(21, "dd", "D", "nfs_wait", "net:[8]")
+	h.process(22, "crictl", "S", "x", "net:[1]") // it has left
+	s := twoPods()
+	s.view.namespaces[1].tasks = leaders([]int{20, 21, 22, 23})
+	i := newInspector("node-a", h.Host, fakeRuntime(knowsNothing))
+	described, err := i.described(t.Context(), s, s.traces()[0])
+	var got []string
+	for _, f := range described.Findings {
+		got = append(got, f.String())
+	}
+	const path = "/run/netns/cni-00000000-0000-0000-0000-000000000002"
+	want := []string{
+		"process 21 (dd), in the pod's network namespace but not in its cgroup, is in state D (uninterruptible sleep) in nfs_wait", "process 20 (sh) is in state S in x",
+		"address 10.0.0.5 is on eth0 in network namespace " + path, "address fd00::5 is on eth0 in network namespace " + path, "network namespace " + path + " is open",
+	}
+	if err != nil || !slices.Equal(got, want) {
+		t.Errorf("got %q, want %q (%v)", got, want, err)
 	}
 }
 
