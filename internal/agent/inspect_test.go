@@ -268,6 +268,52 @@ func TestEverything(t *testing.T) {
 	}
 }
 
+// An address that two namespaces have is told with both, if they have it a second later too.
+func TestEverythingThatIsThereTwice(t *testing.T) {
+	pods, twins := fmt.Sprintf("eni-guard-test-pods-%d", os.Getpid()), fmt.Sprintf("eni-guard-test-twins-%d", os.Getpid())
+	namedNamespace(t, pods)
+	namedNamespace(t, twins)
+	pods, twins = filepath.Join(netnsDir, pods), filepath.Join(netnsDir, twins)
+	pod := sandbox.Pod{Namespace: "shop", Name: "web-0", UID: podUID}
+	for _, test := range []struct {
+		name    string
+		looks   [2][]string // the namespaces that are there
+		known   bool        // the API server has the pod
+		holders int
+		verdict sandbox.Verdict
+	}{
+		{"both times", [2][]string{{pods, twins}, {pods, twins}}, true, 2, sandbox.Bound},
+		{"not a second later", [2][]string{{pods, twins}, {pods}}, true, 0, sandbox.Released},
+		{"only a second later", [2][]string{{pods}, {pods, twins}}, false, 0, sandbox.Bound}, // for what else is left
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			h := lookable(t, test.looks[0]...)
+			i := newInspector("node-a", h.Host, fakeRuntime(func(context.Context, string) (podRecords, error) {
+				return podRecords{sandboxes: []podSandbox{{id: "s1", pod: pod, details: details{netnsPath: pods}}}}, nil
+			}))
+			a := i.everything(t.Context(), func(context.Context) (map[string]bool, string, error) { // once a look, at its end
+				later, err := os.ReadFile(filepath.Join(lookable(t, test.looks[1]...).Proc, "thread-self/mountinfo"))
+				if err != nil {
+					t.Fatal(err)
+				}
+				h.write(h.Proc, "thread-self/mountinfo", string(later))
+				return map[string]bool{podUID: test.known}, "kubeconfig x", nil
+			})
+			holders := 0
+			for _, shared := range a.Shared {
+				for _, holder := range shared.Holders {
+					if shared.IP == testAddress && len(holder.Findings) == 2 {
+						holders++
+					}
+				}
+			}
+			if holders != test.holders || a.Verdict != test.verdict {
+				t.Errorf("got %+v", a)
+			}
+		})
+	}
+}
+
 // What client-go says of it nobody can act on.
 func TestInspectAllWithoutAKubeconfig(t *testing.T) {
 	t.Setenv("KUBECONFIG", "")

@@ -279,6 +279,9 @@ func TestSweep(t *testing.T) {
 		if got := s.told(); !slices.Equal(got, step.events) {
 			t.Errorf("%s: Events %q, want %q", step.name, got, step.events)
 		}
+		if up := testutil.ToFloat64(s.metrics.probe.WithLabelValues("runtime")); (up == 1) != (step.runtime == nil) {
+			t.Errorf("%s: eni_guard_probe_up is %v", step.name, up)
+		}
 		if got := s.conditions[len(s.conditions)-1]; got.Status != step.status {
 			t.Errorf("%s: the condition is %s (%s), want %s", step.name, got.Status, got.Message, step.status)
 		}
