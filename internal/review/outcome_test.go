@@ -32,6 +32,7 @@ func TestTheOutcomeOfARemoval(t *testing.T) {
 		{"held by the guard", event("delete  200", "", forcedBody, "", decidedAs("held")...), OutcomeHeld},
 		{"held by somebody else's finalizer", event("delete  200", "", forcedBody, finalizer, decidedAs("audited")...), OutcomeHeld},
 		{"held, though nobody was asked", event("delete  200", "", forcedBody, finalizer), OutcomeHeld},
+		{"the address of a held pod let go", event("patch  200", "", `{"metadata":{"labels":{"k8s.aliyun.com/ignore-by-terway":"true"}}}`, finalizer, decidedAs("audited")...), OutcomeRemoved},
 		{"refused", event("delete  409", "", forcedBody, "", decidedAs("denied")...), OutcomeRefused},
 		{"let through, and refused by another webhook", event("delete  403", "", forcedBody, "", decidedAs("overridden")...), OutcomeFailed},
 		{"let through, and gone already", event("delete  404", "", forcedBody, "", decidedAs("allowed")...), OutcomeFailed},
@@ -171,6 +172,8 @@ func TestAFilterTellsWhatItCannotTell(t *testing.T) {
 		{"another namespace", Filter{Namespaces: []string{"bank"}}, 0, 0, 0},
 		{"another user", Filter{Users: []string{"mo"}, Nodes: []string{"node-1"}}, 0, 0, 0},
 		{"later", Filter{Since: time.Unix(100, 0)}, 0, 0, 0},
+		// What is untold has neither.
+		{"a decision and a verdict", Filter{Decisions: []Decision{"denied"}, Verdicts: []string{"bound"}}, 0, 0, 1},
 	} {
 		found := report(t, review, c.filter)
 		if len(found.Removals) != c.rows || int(found.Untold.Unmatched) != c.unmatched || int(found.Untold.Deletes) != c.undecided {
@@ -189,12 +192,14 @@ func TestFiltersSelectChanges(t *testing.T) {
 		return e
 	}
 	off := `{"metadata":{"labels":{"eni-guard.io/mode":"off"}}}`
+	impersonated := event("delete  200", "", "", "")
+	impersonated.ImpersonatedUser = &authenticationv1.UserInfo{Username: "mo"}
 	for _, e := range []*auditlog.Event{
 		on(1, event("patch  200", "", off, ""), "namespaces", "shop", "shop"),
 		on(2, event("patch  200", "", off, ""), "namespaces", "bank", "bank"),
 		on(3, event("patch  200", "", `{"metadata":{"annotations":{"eni-guard.io/allow-force-delete":"fire"}}}`, ""), "pods", "shop", "web-0"),
 		on(4, event("delete  200", "", "", ""), "nodes", "", "node-1"),
-		on(5, event("delete  200", "", "", ""), "validatingwebhookconfigurations", "", "eni-guard"),
+		on(5, impersonated, "validatingwebhookconfigurations", "", "eni-guard"),
 		on(6, event("delete  200", "", "", ""), "daemonsets", "eni-guard", "eni-guard-agent"),
 		on(7, event("delete  200", "", "", ""), "namespaces", "eni-guard", "eni-guard"),
 		on(8, event("delete  200", "", "", ""), "roles", "eni-guard", "eni-guard-webhook"),
@@ -213,7 +218,9 @@ func TestFiltersSelectChanges(t *testing.T) {
 		{Filter{Namespaces: []string{"shop"}}, "1 3 4 5 6 7 8"},
 		{Filter{Pods: []string{"web-1"}}, "1 2 4 5 6 7 8 9"},
 		{Filter{Nodes: []string{"node-2"}}, "1 2 3 5 6 7 8 9"},
-		{Filter{Users: []string{"mo"}}, ""},
+		{Filter{Users: []string{"mo"}}, "5"},
+		{Filter{Users: []string{"jo"}}, "1 2 3 4 5 6 7 8 9"},
+		{Filter{Users: []string{"bo"}}, ""},
 		{Filter{Since: time.Unix(4, 0), Until: time.Unix(6, 0)}, "3 4"},
 	} {
 		var got []string
@@ -255,6 +262,72 @@ func TestAPodIsStuckOnce(t *testing.T) {
 	}
 	if want := []Count{{"shop/web", 2}}; !slices.Equal(totals.StuckWorkloads, want) {
 		t.Errorf("two pods: %+v", totals.StuckWorkloads)
+	}
+}
+
+// Where nobody could look, a pod that stayed is stuck as far as anybody knows; one that went is not.
+func TestAPodThatNobodyCouldAskAbout(t *testing.T) {
+	unknown := func(uid, decision, request string) *auditlog.Event {
+		return event(request, "", forcedBody, "", append(decidedAs(decision), guardPrefix+"verdict=unknown", guardPrefix+"pod-uid="+uid)...)
+	}
+	stayed := reportOf(t, later(1, unknown("u", "denied", "delete  409")), later(2, unknown("v", "denied", "delete  409"))).Totals
+	if want := []Count{{"node-1", 2}}; !slices.Equal(stayed.StuckNodes, want) {
+		t.Errorf("two that stayed: %+v", stayed.StuckNodes)
+	}
+	went := reportOf(t, later(1, unknown("u", "audited", "delete  200")), later(2, unknown("v", "audited", "delete  200"))).Totals
+	if len(went.StuckNodes) > 0 {
+		t.Errorf("two that went: %+v", went.StuckNodes)
+	}
+}
+
+// What became of a pod that is not asked for is not told of another.
+func TestWhatBecameOfPodsThatAFilterLeavesOut(t *testing.T) {
+	review := New(guard)
+	defer review.Close()
+	other := event("delete  409", "", forcedBody, "", append(decidedAs("denied"), guardPrefix+"pod=shop/web-1", guardPrefix+"pod-uid=v")...)
+	kubelet := event("delete  200", "", `{"preconditions":{"uid":"v"}}`, "")
+	kubelet.User = authenticationv1.UserInfo{Username: "system:node:node-1", Groups: []string{"system:nodes"}}
+	kubelet.ObjectRef.Name = "web-1"
+	for i, e := range []*auditlog.Event{event("delete  409", "", forcedBody, "", decidedAs("denied")...), other, kubelet} {
+		if err := review.Add(later(i, e)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for pod, gone := range map[string]bool{"web-0": false, "web-1": true} {
+		found := report(t, review, Filter{Pods: []string{pod}}).Removals
+		if len(found) != 1 || (found[0].Then != nil) != gone {
+			t.Errorf("%s: %+v", pod, found)
+		}
+	}
+}
+
+// The guard's own word about the mode counts more than what the log has of the namespace.
+func TestTheModeThatTheGuardHasRecorded(t *testing.T) {
+	audit := event("patch  200", "", `{"metadata":{"labels":{"eni-guard.io/mode":"audit"}}}`, "")
+	audit.ObjectRef = auditlog.ObjectRef{Resource: "namespaces", Namespace: "shop", Name: "shop"}
+	again := event("delete  200", "", forcedBody, "", append(decidedAs("denied"), guardPrefix+"mode=deny")...)
+	unasked := event("delete  200", "", forcedBody, pod(markedNow, "", ""))
+	found := reportOf(t, later(1, audit), later(2, again), later(3, unasked)).Removals
+	if found[0].Mode != "deny" || found[1].Mode != "audit" {
+		t.Errorf("the modes are %s and %s", found[0].Mode, found[1].Mode)
+	}
+}
+
+// A check tells by what is lacking which rule of the audit policy is.
+func TestWhatACheckCounts(t *testing.T) {
+	kubelet := event("delete  200", "", `{"preconditions":{"uid":"v"}}`, "")
+	kubelet.User = authenticationv1.UserInfo{Username: "system:node:node-1", Groups: []string{"system:nodes"}}
+	acted := event("delete  200", "", forcedBody, "")
+	acted.ImpersonatedUser = &kubelet.User
+	whole, cut := event("delete  200", "", forcedBody, ""), event("delete  200", "", "", "", "audit.k8s.io/truncated=true")
+	check := NewCheck(guard)
+	for i, e := range []*auditlog.Event{kubelet, acted, whole, cut} {
+		e.AuditID, e.Level = fmt.Sprint(i), "RequestResponse"
+		check.Add(e)
+	}
+	deletes, kubelets := check.Needs()[0], check.Needs()[1]
+	if deletes.Seen != 3 || deletes.Lacking != 1 || deletes.Example != "3" || kubelets.Seen != 1 || kubelets.Lacking != 0 {
+		t.Errorf("%+v\n%+v", deletes, kubelets)
 	}
 }
 

@@ -191,7 +191,7 @@ func (r *request) removals(untold *Untold) []Removal {
 	e := r.Event
 	if decided := r.decided(untold); len(decided) > 0 {
 		// The guard may have been asked about some of a collection only.
-		if r.path == webhook.PathCollection && e.Succeeded() && !ownKubelet(e) {
+		if r.path == webhook.PathCollection && e.Succeeded() {
 			decided = append(decided, r.undecided(untold)...)
 		}
 		return slices.DeleteFunc(decided, func(row Removal) bool {

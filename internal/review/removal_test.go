@@ -61,6 +61,8 @@ func TestWhatIsAForcedRemoval(t *testing.T) {
 	}
 	asTheGuard := event("patch  200", "", freed, "")
 	asTheGuard.ImpersonatedUser = &authenticationv1.UserInfo{Username: "system:serviceaccount:eni-guard:eni-guard-webhook"}
+	labelUnanswered := event("patch  500", "", labelled, "")
+	labelUnanswered.ResponseStatus.Message = notCalled.ResponseStatus.Message
 	likeAKubelet := event("delete  200", "", force, "")
 	likeAKubelet.User.Username = "system:node:node-1"
 	ours := event("delete  200", "", force, strings.Replace(pod(markedNow, "", ""), "shop", "eni-guard", 1))
@@ -128,6 +130,7 @@ func TestWhatIsAForcedRemoval(t *testing.T) {
 		{"the label, copied", event("patch  200", "", `[{"op":"copy","from":"/metadata/labels/a","path":"/metadata/labels/k8s.aliyun.com~1ignore-by-terway"}]`, ""), "ignore-label slipped-past NoTrace ", Untold{}},
 		{"the label, in a whole object", event("update  200", "", labelled, ""), "", Untold{}},
 		{"the label, in a whole object, and no webhook", event("update  200", "", labelled, "", failedOpen), "ignore-label slipped-past WebhookDown ", Untold{}},
+		{"the label, and no webhook", labelUnanswered, "ignore-label unanswered WebhookDown ", Untold{}},
 		{"the label, refused", event("patch  500", "", labelled, ""), "", Untold{}},
 		{"the finalizer", event("patch  200", "", freed, ""), "finalizer slipped-past NoTrace ", Untold{}},
 		{"the finalizer, by its number, after a test", event("patch  200", "", `[{"op":"test","path":"/metadata/finalizers/0","value":"eni-guard.io/sandbox-in-use"},{"op":"remove","path":"/metadata/finalizers/0"}]`, ""), "finalizer slipped-past NoTrace ", Untold{}},
@@ -186,10 +189,12 @@ func TestChanges(t *testing.T) {
 		{"the guard's by another name", on(event("create  201", "", `{"webhooks":[{"name":"force-delete.eni-guard.io","failurePolicy":"Fail"}]}`, ""), hooks, "", "mine"), "configuration: validatingwebhookconfiguration mine: created, failurePolicy Fail"},
 		{"the policy", on(event("delete  200", "", "", ""), "validatingadmissionpolicies", "", "override.eni-guard.io"), "configuration: validatingadmissionpolicy override.eni-guard.io: deleted!"},
 		{"no replicas", on(event("patch scale 200", "", `{"spec":{"replicas":0}}`, ""), "deployments", "eni-guard", "eni-guard-webhook"), "workload: deployment eni-guard/eni-guard-webhook: replicas 0!"},
+		{"what a controller has counted", on(event("update status 200", "", `{"spec":{"replicas":0}}`, ""), "deployments", "eni-guard", "eni-guard-webhook"), ""},
 		{"an agent less", on(event("delete  200", "", "", ""), "daemonsets", "eni-guard", "eni-guard-agent"), "workload: daemonset eni-guard/eni-guard-agent: deleted!"},
 		{"somebody else's workload", on(event("patch scale 200", "", `{"spec":{"replicas":0}}`, ""), "deployments", "shop", "eni-guard-webhook"), ""},
 		{"the node", on(event("delete  200", "", "", ""), "nodes", "", "node-1"), "node: node node-1: deleted!"},
 		{"the taint", on(event("patch  200", "", `{"spec":{"taints":[{"key":"node.kubernetes.io/out-of-service","effect":"NoExecute"}]}}`, ""), "nodes", "", "node-1"), "node: node node-1: taint node.kubernetes.io/out-of-service!"},
+		{"the taint taken away", on(event("patch  200", "", `{"spec":{"taints":[{"$patch":"delete","key":"node.kubernetes.io/out-of-service","effect":"NoExecute"}]}}`, ""), "nodes", "", "node-1"), ""},
 		{"the label of a node", on(event("patch  200", "", `{"metadata":{"labels":{"type":"virtual-kubelet"}}}`, ""), "nodes", "", "node-1"), "node: node node-1: label type=virtual-kubelet!"},
 		{"all nodes", on(event("deletecollection  200", "", "", ""), "nodes", "", ""), "node: node (all, or those of a selector): deleted!"},
 		{"all configurations", on(event("deletecollection  200", "", "", ""), hooks, "", ""), "configuration: validatingwebhookconfiguration (all, or those of a selector): deleted!"},
