@@ -259,6 +259,8 @@ func meant(value, given string) string {
 type answer struct {
 	Node    string          `json:"node"`
 	Verdict sandbox.Verdict `json:"verdict"`
+	// Named is the NAMESPACE/NAME that --pod has asked about.
+	Named string `json:"named,omitempty"`
 	// Reports answer --pod and --uid.
 	Reports []sandbox.Report `json:"reports,omitempty"`
 	// Pods are those of Reports, by UID.
@@ -391,12 +393,13 @@ func (i *Inspector) byName(ctx context.Context, name sandbox.Pod) answer {
 		}
 	}
 	a := i.reports(ctx, pods)
+	a.Named = name.Namespace + "/" + name.Name
 	if err != nil {
 		a.Failures = append(a.Failures, "the runtime's sandboxes could not be listed, so there may be other pods of this name: "+text(err))
 		a.Verdict = worse(a.Verdict, sandbox.Unknown)
 	}
 	if len(pods) == 0 && err == nil {
-		a.Failures = append(a.Failures, fmt.Sprintf("the runtime has no sandbox of a pod %s/%s; what has lost its record is found by --uid, --ip or --all", name.Namespace, name.Name))
+		a.Failures = append(a.Failures, fmt.Sprintf("the runtime has no sandbox of a pod %s; what has lost its record is found by --uid, --ip or --all", a.Named))
 		a.Verdict = sandbox.Unknown
 	}
 	return a

@@ -142,7 +142,9 @@ func TestInspectNamesWhatIsWrong(t *testing.T) {
 func TestInspectWithoutARuntime(t *testing.T) {
 	for args, want := range map[string]string{
 		"--uid=" + podUID:                "pod with UID " + podUID + " on node node-a: unknown",
-		"--pod=shop/web-0":               "there may be other pods of this name",
+		"--pod=shop/web-0":               "pod shop/web-0 on node node-a: unknown",
+		"--pod=shop/web-0 -o json":       `"named": "shop/web-0"`,
+		"--pod=shop/web-0 -o text":       "there may be other pods of this name",
 		"--ip=10.113.99.99":              "address 10.113.99.99 on node node-a: unknown",
 		"--all -o json":                  `"verdict": "unknown"`,
 		"--uid=" + otherUID + " -o json": `"verdict": "unknown"`,
@@ -210,7 +212,7 @@ func TestInspectByName(t *testing.T) {
 		t.Errorf("got %+v", a)
 	}
 	a = i.byName(t.Context(), sandbox.Pod{Namespace: "shop", Name: "web-1"})
-	if a.Verdict != sandbox.Unknown || len(a.Failures) != 1 {
+	if a.Verdict != sandbox.Unknown || len(a.Failures) != 1 || a.Named != "shop/web-1" {
 		t.Errorf("of an unknown name: got %+v", a)
 	}
 }

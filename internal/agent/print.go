@@ -22,6 +22,9 @@ func (a answer) text(now time.Time) string {
 		writeRoutes(&b, report.Routes)
 		b.WriteByte('\n')
 	}
+	if a.Named != "" && len(a.Reports) == 0 {
+		fmt.Fprintf(&b, "pod %s on node %s: %s\n\n", a.Named, a.Node, a.Verdict)
+	}
 	if a.IP.IsValid() {
 		switch len(a.Holders) {
 		case 0:
