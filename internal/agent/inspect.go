@@ -178,6 +178,9 @@ func (o inspectOptions) validate(given func(flag string) bool) (inspectQuestion,
 	if err := checkCRISocket(o.criSocket); err != nil {
 		return q, err
 	}
+	if o.node == "" {
+		return q, errors.New("--node-name is empty")
+	}
 	if o.timeout <= 0 || o.timeout > maxTimeout {
 		return q, fmt.Errorf("--timeout %s is not above 0 and up to %s", o.timeout, maxTimeout)
 	}
@@ -301,7 +304,7 @@ func (o inspectOptions) run(ctx context.Context, out io.Writer, q inspectQuestio
 		a = inspector.byName(ctx, q.pod)
 	}
 	a.Node = o.node
-	if len(a.Failures) > 0 {
+	if a.NextStep == "" && len(a.Failures) > 0 {
 		a.NextStep = nextStep(ctx, o.criSocket, a.Failures)
 	}
 	if err := a.print(out, o.output); err != nil {
@@ -444,6 +447,7 @@ const confirmAfter = time.Second
 // everything answers what is left on the node of pods that are gone, and which addresses are there twice.
 func (i *Inspector) everything(ctx context.Context, pods func(context.Context) (known map[string]bool, from string, err error)) answer {
 	a := answer{All: true}
+	elsewhere := false // whoever was asked about pods knows none of those that are here
 	look := func() (survey, []Trace, []SharedAddress) {
 		s := i.surveyInTime(ctx)
 		traces := s.traces()
@@ -452,6 +456,7 @@ func (i *Inspector) everything(ctx context.Context, pods func(context.Context) (
 		if err != nil {
 			return s, leftovers(traces, s.runtimeAnswered(), nil), sharedAddresses(traces)
 		}
+		elsewhere = len(s.records.sandboxes) > 0 && !slices.ContainsFunc(s.records.sandboxes, func(r podSandbox) bool { return known[r.pod.UID] })
 		return s, leftovers(traces, s.runtimeAnswered(), func(uid string) bool { return known[uid] }), sharedAddresses(traces)
 	}
 	s, found, shared := look()
@@ -471,6 +476,11 @@ func (i *Inspector) everything(ctx context.Context, pods func(context.Context) (
 		shared = slices.DeleteFunc(shared, func(s SharedAddress) bool {
 			return !slices.ContainsFunc(sharedBefore, func(b SharedAddress) bool { return b.IP == s.IP })
 		})
+	}
+	// On the right node this is rare: most have a DaemonSet's pod.
+	if elsewhere && slices.ContainsFunc(found, func(t Trace) bool { return t.Leftover == leftoverOfGonePod }) {
+		a.NextStep = fmt.Sprintf("before anything else, make sure that this is node %s (--node-name), of the cluster that was asked (--kubeconfig): "+
+			"of all pods that the runtime knows, the API server has none there", i.node)
 	}
 	a.Failures = s.failures()
 	if changed != "" {

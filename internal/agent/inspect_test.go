@@ -118,6 +118,7 @@ func TestInspectNamesWhatIsWrong(t *testing.T) {
 		"--uid=shop/web-0":      `did you mean --pod shop/web-0?`,
 		"10.0.0.5":              `"10.0.0.5" is no flag; did you mean --ip 10.0.0.5?`,
 		"--all -o yaml":         `--output "yaml" is neither text nor json`,
+		"--all --node-name=":    "--node-name is empty",
 		"--all --timeout=0s":    "--timeout 0s is not above 0",
 		"--all --timeout=1h":    "--timeout 1h0m0s is not above 0 and up to 30s",
 		"--all --no-such-flag":  "unknown flag: --no-such-flag",
@@ -238,15 +239,17 @@ func TestEverything(t *testing.T) {
 		leftovers int
 		compared  bool
 		verdict   sandbox.Verdict
+		elsewhere bool // another node, or cluster, may have been asked about
 	}{
-		{"nothing is there", [][]podSandbox{nil}, has(), 0, true, sandbox.Released},
-		{"a pod that the API server has", [][]podSandbox{{web}}, has(podUID), 0, true, sandbox.Released},
-		{"one that it does not have", [][]podSandbox{{web}, {web}}, has(), 1, true, sandbox.Bound},
-		{"one that has gone a second later", [][]podSandbox{{web}, nil}, has(), 0, true, sandbox.Released},
-		{"another one a second later", [][]podSandbox{{web}, {next}}, has(), 0, true, sandbox.Unknown},
+		{"nothing is there", [][]podSandbox{nil}, has(), 0, true, sandbox.Released, false},
+		{"a pod that the API server has", [][]podSandbox{{web}}, has(podUID), 0, true, sandbox.Released, false},
+		{"one that it does not have", [][]podSandbox{{web}, {web}}, has(), 1, true, sandbox.Bound, true},
+		{"the same beside one that it has", [][]podSandbox{{web, next}, {web, next}}, has(otherUID), 1, true, sandbox.Bound, false},
+		{"one that has gone a second later", [][]podSandbox{{web}, nil}, has(), 0, true, sandbox.Released, false},
+		{"another one a second later", [][]podSandbox{{web}, {next}}, has(), 0, true, sandbox.Unknown, false},
 		{"the API server cannot be asked", [][]podSandbox{{web}}, func(context.Context) (map[string]bool, string, error) {
 			return nil, "", errors.New("connection refused")
-		}, 0, false, sandbox.Unknown},
+		}, 0, false, sandbox.Unknown, false},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -261,6 +264,9 @@ func TestEverything(t *testing.T) {
 				a := i.everything(t.Context(), test.pods)
 				if a.Verdict != test.verdict || len(a.Leftovers) != test.leftovers || (a.NotCompared == "") != test.compared || (a.ComparedBy != "") != test.compared || len(a.Failures) > 0 != (test.verdict == sandbox.Unknown && test.compared) {
 					t.Errorf("got %+v", a)
+				}
+				if strings.Contains(a.NextStep, "make sure that this is node node-a (--node-name)") != test.elsewhere {
+					t.Errorf("next step: %q", a.NextStep)
 				}
 				if len(at) != len(test.looks) || len(at) == 2 && at[1].Sub(at[0]) < confirmAfter {
 					t.Errorf("looks at %v", at)
