@@ -332,6 +332,7 @@ func TestInspectAllWithoutAKubeconfig(t *testing.T) {
 	}
 	for _, test := range []struct{ kubeconfig, env, want string }{
 		{"", "", "there is no kubeconfig: name one by --kubeconfig, such as /"},
+		{"", "/does/not/exist", "there is no kubeconfig (the environment variable KUBECONFIG names /does/not/exist, which is not there): name one by --kubeconfig, such as /"},
 		{"/does/not/exist", "", "--kubeconfig: stat /does/not/exist: no such file"},
 		{empty, "", "kubeconfig " + empty + ": it names no API server"},
 		{"", empty, "kubeconfig " + empty + ": it names no API server"},

@@ -40,7 +40,11 @@ func apiConfig(kubeconfig string) (config *rest.Config, from string, err error) 
 	if len(files) == 0 {
 		config, err = rest.InClusterConfig()
 		if errors.Is(err, rest.ErrNotInCluster) {
-			return nil, "", errors.New("there is no kubeconfig: name one by --kubeconfig, such as " + suggested(likelyKubeconfigs))
+			missing := ""
+			if named := os.Getenv(clientcmd.RecommendedConfigPathEnvVar); named != "" {
+				missing = " (the environment variable KUBECONFIG names " + named + ", which is not there)"
+			}
+			return nil, "", errors.New("there is no kubeconfig" + missing + ": name one by --kubeconfig, such as " + suggested(likelyKubeconfigs))
 		}
 		return config, "the service account of this pod", err
 	}
