@@ -236,26 +236,34 @@ func fullUID(text string) bool {
 	return ok && uid == text
 }
 
-// meant is a question about the flag that a value looks made for, if that is not the one it was given to.
+// meant is a question about the flag and the value that a value looks made for, if those are not the ones that were given.
 func meant(value, given string) string {
-	address, notAddress := netip.ParseAddr(value)
-	network, notNetwork := netip.ParsePrefix(value)
-	namespace, name, cut := strings.Cut(value, "/")
-	flag := ""
+	flag, better := "", strings.TrimSpace(value)
+	address, notAddress := netip.ParseAddr(better)
+	network, notNetwork := netip.ParsePrefix(better)
+	port, notPort := netip.ParseAddrPort(better)
+	uid, ofCgroup := podOfCgroup(filepath.Base(better))
+	namespace, name, cut := strings.Cut(better, "/")
 	switch {
-	case notNetwork == nil:
-		return fmt.Sprintf("; did you mean --ip %s?", network.Addr())
 	case notAddress == nil:
-		flag, value = "--ip", address.String()
-	case fullUID(value):
-		flag = "--uid"
+		flag, better = "--ip", address.String()
+	case notNetwork == nil:
+		flag, better = "--ip", network.Addr().String()
+	case notPort == nil:
+		flag, better = "--ip", port.Addr().String()
+	case fullUID(strings.ToLower(better)):
+		flag, better = "--uid", strings.ToLower(better)
+	case ofCgroup:
+		flag, better = "--uid", uid
+	case cut && slices.Contains([]string{"pod", "pods", "po"}, namespace): // as kubectl names them
+		flag, better = "--pod", "NAMESPACE/"+name
 	case cut && namespace != "" && name != "" && !strings.Contains(name, "/"):
 		flag = "--pod"
 	}
-	if flag == "" || flag == given {
+	if flag == "" || flag == given && better == value {
 		return ""
 	}
-	return fmt.Sprintf("; did you mean %s %s?", flag, value)
+	return fmt.Sprintf("; did you mean %s %s?", flag, better)
 }
 
 // answer is what `eni-guard inspect` found; with -o json it is what is printed.

@@ -123,6 +123,14 @@ func TestInspectNamesWhatIsWrong(t *testing.T) {
 		"--all --timeout=1h":    "--timeout 1h0m0s is not above 0 and up to 30s",
 		"--all --no-such-flag":  "unknown flag: --no-such-flag",
 		"--all web-0":           `"web-0" is no flag`,
+
+		// As other commands print them.
+		"10.0.0.5:8080":                    `"10.0.0.5:8080" is no flag; did you mean --ip 10.0.0.5?`,
+		"--ip=[fd00::5]:80":                `is not an address; did you mean --ip fd00::5?`,
+		"pod/web-0":                        `"pod/web-0" is no flag; did you mean --pod NAMESPACE/web-0?`,
+		"--uid=" + strings.ToUpper(podUID): `did you mean --uid ` + podUID + `?`,
+		"--uid=kubepods-pod" + strings.ReplaceAll(podUID, "-", "_") + ".slice": `did you mean --uid ` + podUID + `?`,
+		"--uid=/kubepods/burstable/pod" + podUID:                               `did you mean --uid ` + podUID + `?`,
 	} {
 		t.Run(args, func(t *testing.T) {
 			cmd := NewInspectCommand()
