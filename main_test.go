@@ -23,6 +23,8 @@ func TestExitStatus(t *testing.T) {
 		"webhook --port=0":          64,
 		"webhook free-held x":       64,
 		"inspect":                   64,
+		"check":                     64,
+		"check shop/web-0":          64,
 		"inspect --ip=10.0.0.256":   64,
 		"webhook --log-format=loud": 64,
 	} {

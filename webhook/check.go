@@ -13,6 +13,7 @@ import (
 	"github.com/spf13/cobra"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/util/validation"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
@@ -73,7 +74,15 @@ func NewCheckCommand() *cobra.Command {
 		Short: "See that the guard works: ask to remove a running pod by force, as a dry run",
 		Long: `Asks the API server to remove a pod by force as a dry run, which changes nothing, and reads the answer: the guard must
 name what of the pod is on its node. Ends with 0 if it does, with 1 if not, and says why. It needs the right to delete that pod.`,
-		Args: cobra.ExactArgs(1),
+		Args: func(_ *cobra.Command, args []string) error {
+			if len(args) != 1 {
+				return fmt.Errorf("name one pod, not %d: eni-guard check POD -n NAMESPACE", len(args))
+			}
+			if problems := validation.IsDNS1123Subdomain(args[0]); len(problems) > 0 {
+				return fmt.Errorf("%q is not the name of a pod, such as web-0; its namespace is named by -n", args[0])
+			}
+			return nil
+		},
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if !slices.Contains([]string{"text", "json"}, output) {
 				return exitstatus.With(exitstatus.Usage, fmt.Errorf("--output %q is not text or json", output))
@@ -84,6 +93,9 @@ name what of the pod is on its node. Ends with 0 if it does, with 1 if not, and 
 			overrides.Context.Namespace = namespace
 			loader := clientcmd.NewNonInteractiveDeferredLoadingClientConfig(rules, overrides)
 			config, err := loader.ClientConfig()
+			if clientcmd.IsEmptyConfig(err) {
+				return errors.New("there is no kubeconfig: name one by --kubeconfig, or by the environment variable KUBECONFIG")
+			}
 			if err != nil {
 				return fmt.Errorf("--kubeconfig: finding the API server: %w", err)
 			}

@@ -2,7 +2,9 @@ package webhook
 
 import (
 	"errors"
+	"io"
 	"net/http"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -68,6 +70,31 @@ func TestReadAnswerOfOthers(t *testing.T) {
 		}
 		if text := told.Error(); !strings.Contains(text, err.Error()) || !strings.Contains(text, next) || !strings.Contains(text, "shop/web-0") {
 			t.Errorf("it is told as: %s", text)
+		}
+	}
+}
+
+// What cannot be asked is told from what was asked in vain.
+func TestCheckOfNothing(t *testing.T) {
+	t.Setenv("KUBECONFIG", filepath.Join(t.TempDir(), "none"))
+	t.Setenv("KUBERNETES_SERVICE_HOST", "")
+	for _, test := range []struct {
+		args []string
+		want string
+	}{
+		{nil, "name one pod, not 0"},
+		{[]string{"web-0", "web-1"}, "name one pod, not 2"},
+		{[]string{""}, `"" is not the name of a pod`},
+		{[]string{"shop/web-0"}, `"shop/web-0" is not the name of a pod, such as web-0; its namespace is named by -n`},
+		{[]string{"pod/web-0"}, `"pod/web-0" is not the name of a pod`},
+		{[]string{"web-0"}, "there is no kubeconfig: name one by --kubeconfig"},
+	} {
+		cmd := NewCheckCommand()
+		cmd.SetArgs(test.args)
+		cmd.SetOut(io.Discard)
+		cmd.SetErr(io.Discard)
+		if err := cmd.ExecuteContext(t.Context()); err == nil || !strings.Contains(err.Error(), test.want) {
+			t.Errorf("%q: %v, want %q", test.args, err, test.want)
 		}
 	}
 }
