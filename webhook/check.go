@@ -11,6 +11,7 @@ import (
 	"sync"
 
 	"github.com/spf13/cobra"
+	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/util/validation"
@@ -52,15 +53,21 @@ func (r checkResult) String() string {
 	case answerRefused:
 		return "eni-guard works: it refuses to remove pod " + r.Pod + " by force.\n" + r.Said
 	case answerWarned:
-		return "eni-guard works: it would let pod " + r.Pod + " be removed by force, as the mode of the namespace says, and knows that it is alive.\n" + r.Said
+		return "eni-guard works: it would let pod " + r.Pod + " be removed by force, as the mode of the namespace or an override on the pod says, " +
+			"and knows that it is alive.\n" + r.Said
 	case answerUnknown:
 		return "eni-guard could not find out what of pod " + r.Pod + " is on its node.\n" + r.Said
 	case answerUnreachable:
+		section := "the-webhook-does-not-answer"
+		if strings.Contains(r.Said, "x509: ") {
+			section = "certificates"
+		}
 		return "the API server cannot reach the webhook of eni-guard: " + r.Said +
-			"\nLook at its pods: `kubectl get pods -A -l app.kubernetes.io/name=eni-guard`. More: " + runbook + "the-webhook-does-not-answer"
+			"\nLook at its pods: `kubectl get pods -A -l app.kubernetes.io/name=eni-guard`. More: " + runbook + section
 	default:
 		return "eni-guard does not guard pod " + r.Pod + ": nothing would keep it from being removed by force. That is so where the pod is not on a node, has " +
-			"ended, is on the host's network or on one of excludedNodes; where its namespace is the guard's own, one of exemptNamespaces, or has the label " +
+			"ended, is on the host's network, on one of excludedNodes, or on a node that is gone or has the taint " + corev1.TaintNodeOutOfService +
+			"; where its namespace is the guard's own, one of exemptNamespaces, or has the label " +
 			ModeLabel + "=off; and where the guard is not installed, or lets through what it cannot look at (webhook.failurePolicy is Ignore). " +
 			"Choose a pod for which none of this is so."
 	}

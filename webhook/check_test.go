@@ -52,9 +52,15 @@ func TestReadAnswer(t *testing.T) {
 
 // What the guard has no part in is no answer of the guard's.
 func TestReadAnswerOfOthers(t *testing.T) {
-	unreachable := apierrors.NewInternalError(errors.New(`failed calling webhook "force-delete.eni-guard.io": connection refused`))
-	if got, err := readAnswer("shop/web-0", unreachable, nil); err != nil || got.Answer != answerUnreachable || got.works() {
-		t.Errorf("%+v (%v), want %q", got, err, answerUnreachable)
+	for cause, section := range map[string]string{
+		"connection refused": "#the-webhook-does-not-answer",
+		"tls: failed to verify certificate: x509: certificate signed by unknown authority": "#certificates",
+	} {
+		unreachable := apierrors.NewInternalError(errors.New(`failed calling webhook "force-delete.eni-guard.io": ` + cause))
+		got, err := readAnswer("shop/web-0", unreachable, nil)
+		if err != nil || got.Answer != answerUnreachable || got.works() || !strings.HasSuffix(got.String(), section) {
+			t.Errorf("%s: %s (%v), want %q that ends with %s", cause, got, err, answerUnreachable, section)
+		}
 	}
 	other := &apierrors.StatusError{ErrStatus: metav1.Status{Code: http.StatusConflict, Message: `admission webhook "other" denied the request: pod is still alive on node node-a`}}
 	for err, next := range map[error]string{
