@@ -23,14 +23,38 @@ var notRun = map[string]string{
 	"make cluster-down": "destroys the cluster",
 	"kubectl logs -n kube-system kube-apiserver-NODE | eni-guard audit": "the API server of this cluster is no pod",
 	// All replicas end, and the certificates are lost.
-	"kubectl scale -n eni-guard deployment/eni-guard-webhook --replicas=0":                                           ranElsewhere,
-	"kubectl wait -n eni-guard --for=delete pod -l app.kubernetes.io/component=webhook":                              ranElsewhere,
-	"kubectl delete secret -n eni-guard eni-guard-ca eni-guard-webhook-tls eni-guard-client-tls eni-guard-agent-tls": ranElsewhere,
-	"kubectl scale -n eni-guard deployment/eni-guard-webhook --replicas=2":                                           ranElsewhere,
-	"kubectl rollout restart -n eni-guard daemonset/eni-guard-agent":                                                 ranElsewhere,
+	"kubectl scale -n eni-guard deployment/eni-guard-webhook --replicas=0":                                           byCertificates,
+	"kubectl wait -n eni-guard --for=delete pod -l app.kubernetes.io/component=webhook":                              byCertificates,
+	"kubectl delete secret -n eni-guard eni-guard-ca eni-guard-webhook-tls eni-guard-client-tls eni-guard-agent-tls": byCertificates,
+	"kubectl scale -n eni-guard deployment/eni-guard-webhook --replicas=2":                                           byCertificates,
+	"kubectl rollout restart -n eni-guard daemonset/eni-guard-agent":                                                 byCertificates,
+	// The guard is gone.
+	"go run . webhook free-held --webhook-configuration=eni-guard --webhook-configuration=eni-guard-failing-open --cluster-role-binding=eni-guard-agent": byUninstall,
+	"helm uninstall eni-guard -n eni-guard --no-hooks":                       byUninstall,
+	"kubectl delete job -n eni-guard eni-guard-free-held --ignore-not-found": byUninstall,
 }
 
-const ranElsewhere = "TestTwoReplicasThatStartAtOnceMakeOneAuthority runs it, because it must be alone"
+const (
+	byCertificates = "TestTwoReplicasThatStartAtOnceMakeOneAuthority runs it, because it must be alone"
+	byUninstall    = "TestUninstallByHand runs it, because it must be alone"
+)
+
+// stepsRunElsewhere returns the block of commands that the caller runs, and fails unless it has all that are left to it.
+func stepsRunElsewhere(t *testing.T, caller string) []string {
+	t.Helper()
+	var steps []string
+	for _, b := range blocks(t) {
+		if notRun[b.commands[0]] == caller {
+			steps = b.commands
+		}
+	}
+	for command, why := range notRun {
+		if why == caller && !slices.Contains(steps, command) {
+			t.Errorf("%q is run by nobody", command)
+		}
+	}
+	return steps
+}
 
 // adapted are what is added to commands that would otherwise change what all tests share; by how they begin.
 var adapted = map[string]string{"helm install ": " --dry-run=server"}

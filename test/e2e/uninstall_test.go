@@ -12,6 +12,7 @@ import (
 	"time"
 
 	admissionregistrationv1 "k8s.io/api/admissionregistration/v1"
+	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/util/rand"
 
@@ -126,25 +127,65 @@ func TestUninstall(t *testing.T) {
 		if conditions := kubectl(t, "", "get", "node", node, "-o", "jsonpath={.status.conditions[*].type}"); strings.Contains(conditions, orphanedCondition) {
 			t.Errorf("node %s has the conditions %s", node, conditions)
 		}
-		wentThrough(t, incident.Wait(t.Context(), 2*time.Minute, "the guard to be gone", func(context.Context) error {
-			if left := guardObjects(t); left != "" {
-				return errors.New(left)
-			}
-			return nil
-		}))
+		guardGone(t)
 	})
 
 	// From here on the addresses are nobody's. The next test must not be given one that is in use.
-	wentThrough(t, stuck.Release())
-	wentThrough(t, incident.Wait(t.Context(), 2*time.Minute, "the processes to end", func(context.Context) error {
-		if left := append(incident.Processes(first), incident.Processes(second)...); len(left) > 0 {
-			return fmt.Errorf("%+v", left)
-		}
-		return nil
-	}))
+	ended(t, stuck, first, second)
 
 	// No other test can have the cluster without the guard.
 	t.Run("a release of the previous chart is upgraded and rolled back without a gap", fromThePreviousChart)
+}
+
+// Where the Job that Helm begins with does not start, what the runbook says does the same.
+func TestUninstallByHand(t *testing.T) {
+	steps := stepsRunElsewhere(t, byUninstall)
+	reinstalled(t)
+	ns := moded(t, "hold")
+	stuck := stuckFS(t, ns)
+	pod, _ := heldStuckPod(t, stuck, ns, "payment-0")
+	if out, err := helm(t.Context(), "upgrade", "eni-guard", filepath.Join(repo, "charts/eni-guard"), "--reuse-values", "--set-string", "image.tag=there-is-none"); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	out, err := helm(t.Context(), "uninstall", "eni-guard", "--timeout", "10s")
+	if err == nil || !strings.Contains(out, "resource Job/eni-guard/eni-guard-free-held not ready") {
+		t.Errorf("it is told as: %v\n%s", err, out)
+	}
+	isHeld(t, pod)
+	refused(t, forceDelete(t, sleeper(t, moded(t, "deny"), "web-0", nil)), "is still alive on node node-1")
+
+	out, err = shell(t.Context(), ns, t.TempDir(), "set -e\n"+strings.Join(steps, "\n"))
+	if err != nil || !strings.Contains(out, "1 held pods were freed, none is left") {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	wentThrough(t, cluster.Gone(t.Context(), pod))
+	guardGone(t)
+	ended(t, stuck, pod)
+}
+
+// ended lets stuck pods go, and waits until their processes have ended.
+func ended(t *testing.T, stuck *incident.StuckFS, pods ...*corev1.Pod) {
+	t.Helper()
+	wentThrough(t, stuck.Release())
+	wentThrough(t, incident.Wait(t.Context(), 2*time.Minute, "the processes to end", func(context.Context) error {
+		for _, pod := range pods {
+			if left := incident.Processes(pod); len(left) > 0 {
+				return fmt.Errorf("%+v", left)
+			}
+		}
+		return nil
+	}))
+}
+
+// guardGone waits until nothing is left in the cluster that belongs to the guard.
+func guardGone(t *testing.T) {
+	t.Helper()
+	wentThrough(t, incident.Wait(t.Context(), 2*time.Minute, "the guard to be gone", func(context.Context) error {
+		if left := guardObjects(t); left != "" {
+			return errors.New(left)
+		}
+		return nil
+	}))
 }
 
 // refuseTheGuard lets nobody but the guard change the pods of a namespace, until the end of the test: the other way round.
