@@ -19,6 +19,7 @@ import (
 	"k8s.io/apimachinery/pkg/runtime"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/client/fake"
+	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 
 	"github.com/eni-guard/eni-guard/internal/mtls"
 )
@@ -267,6 +268,27 @@ func TestAPausedReplicaRenewsAtOnce(t *testing.T) {
 		if !vouches(decodeAll(l.trusted), l.certificate, name, w.clock) {
 			t.Errorf("the certificate of %s is not valid", name)
 		}
+	}
+}
+
+// unreadable is an API server that is away.
+type unreadable struct{ client.Reader }
+
+func (unreadable) Get(context.Context, client.ObjectKey, client.Object, ...client.GetOption) error {
+	return errors.New("connection refused")
+}
+
+// Where nothing is to be done for weeks, one looks again all the same: the clock of a machine may stand still with it. What fails is tried
+// again soon.
+func TestOneLooksAgainInTime(t *testing.T) {
+	w := newWorld(t)
+	w.settle()
+	if result, err := w.Reconcile(t.Context(), reconcile.Request{}); err != nil || result.RequeueAfter != lookAgainAtLeast {
+		t.Errorf("again after %s (%v)", result.RequeueAfter, err)
+	}
+	w.live = unreadable{}
+	if result, err := w.Reconcile(t.Context(), reconcile.Request{}); err != nil || result.RequeueAfter != retryAfter {
+		t.Errorf("after a failure again after %s (%v)", result.RequeueAfter, err)
 	}
 }
 
