@@ -133,6 +133,14 @@ func (r *run) delay(ctx context.Context) (mend func(context.Context) error, err 
 	mend = func(ctx context.Context) error {
 		err := unfilter(ctx)
 		for _, queue := range queues {
+			if link, failed := netlink.LinkByIndex(queue.Attrs().LinkIndex); failed == nil {
+				classes, _ := netlink.ClassList(link, netlink.HANDLE_NONE)
+				for _, class := range classes {
+					statistics := class.Attrs().Statistics
+					r.t.Logf("%d packets of the agent were sent on to %s, %d times one had to wait, %d were dropped",
+						statistics.Basic.Packets, link.Attrs().Name, statistics.Queue.Overlimits, statistics.Queue.Drops)
+				}
+			}
 			// With a pod goes its device.
 			if failed := netlink.QdiscDel(queue); !errors.Is(failed, syscall.ENODEV) && !errors.Is(failed, syscall.ENOENT) {
 				err = errors.Join(err, failed)
