@@ -271,6 +271,24 @@ func TestAPausedReplicaRenewsAtOnce(t *testing.T) {
 	}
 }
 
+// A webhook that somebody has added to a configuration is given the authorities too.
+func TestEachWebhookOfAConfigurationIsGivenTheAuthorities(t *testing.T) {
+	w := newWorld(t)
+	w.settle()
+	configuration := w.objects().configurations["r"]
+	bundle := configuration.Webhooks[0].ClientConfig.CABundle
+	configuration.Webhooks = append([]admissionregistrationv1.ValidatingWebhook{{Name: "added.example.com"}}, configuration.Webhooks...)
+	if err := w.api.Update(t.Context(), configuration); err != nil {
+		t.Fatal(err)
+	}
+	w.settle()
+	for _, webhook := range w.objects().configurations["r"].Webhooks {
+		if !bytes.Equal(webhook.ClientConfig.CABundle, bundle) {
+			t.Errorf("%s has another caBundle", webhook.Name)
+		}
+	}
+}
+
 // unreadable is an API server that is away.
 type unreadable struct{ client.Reader }
 
