@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -82,6 +83,13 @@ func TestANamespaceThatOnlyAnOpenFileKeeps(t *testing.T) {
 	}
 	if want := []string{found.routes[0].String(), "rule 512 to 10.113.7.5", "rule 2048 from 10.113.7.5"}; !slices.Equal(a.Routes, want) {
 		t.Errorf("routes %q, want %q", a.Routes, want)
+	}
+	// Who could not look everywhere does not know that nothing else has it.
+	down := fakeRuntime(func(context.Context, string) (podRecords, error) {
+		return podRecords{}, errors.New("connection refused")
+	})
+	if a := newInspector("node-a", lookable(t).Host, down).holdersOf(t.Context(), address); a.Verdict != sandbox.Unknown || len(a.Holders) > 0 || len(a.Failures) != 1 {
+		t.Errorf("without the runtime: got %+v", a)
 	}
 
 	// Without the file the namespace ends, and with it both ends of the device, and the route.
