@@ -110,6 +110,13 @@ func TestInspectOfAPodWhoseNamespaceIsNobodys(t *testing.T) {
 	if a.Verdict != sandbox.Unknown || len(a.Failures) != 1 || !strings.Contains(a.Failures[0], path+" is nobody's") {
 		t.Errorf("%s: %q", a.Verdict, a.Failures)
 	}
+	// What no runtime has made is none.
+	name := fmt.Sprintf("eni-guard-test-somebodys-%d", os.Getpid())
+	namedNamespace(t, name)
+	h = lookable(t, filepath.Join(netnsDir, name))
+	if a := newInspector("node-a", h.Host, fakeRuntime(knowsNothing)).reports(t.Context(), []sandbox.Pod{{UID: podUID}}); a.Verdict != sandbox.Released || len(a.Failures) > 0 {
+		t.Errorf("%s: %q", a.Verdict, a.Failures)
+	}
 }
 
 // What the agent before this one has told of stands while it may still be there: a namespace of nobody has no UID to go by.

@@ -44,6 +44,9 @@ func TestWaitingForTheRelease(t *testing.T) {
 	if report, looks := ask(t.Context(), 2, "wait=30s"); report.Verdict() != sandbox.Released || looks != 4 {
 		t.Errorf("released while waiting: %s after %d looks", report.Verdict(), looks)
 	}
+	if report, looks := ask(t.Context(), 0, "wait=30s"); report.Verdict() != sandbox.Released || looks != 2 {
+		t.Errorf("released already: %s after %d looks", report.Verdict(), looks)
+	}
 	if report, looks := ask(t.Context(), 1000, "wait=150ms"); report.Verdict() != sandbox.Bound || looks < 2 {
 		t.Errorf("still bound at the end: %s after %d looks", report.Verdict(), looks)
 	}
@@ -122,6 +125,21 @@ func TestWatch(t *testing.T) {
 			t.Error("a change")
 		}
 	})
+}
+
+// The end of what was found is waited for, but of no more processes than can be watched.
+func TestProcessesThatAreWaitedFor(t *testing.T) {
+	report := sandbox.Report{Findings: []sandbox.Finding{{Kind: sandbox.SandboxReady}}}
+	var want []int
+	for pid := 1; pid <= 2*maxWatched; pid++ {
+		report.Findings = append(report.Findings, sandbox.Finding{Kind: sandbox.ProcessAlive, Process: &sandbox.Process{PID: pid}})
+		if pid <= maxWatched {
+			want = append(want, pid)
+		}
+	}
+	if got := processes(report); !slices.Equal(got, want) {
+		t.Errorf("got %v, want %v", got, want)
+	}
 }
 
 // The pauses grow to a bound, and begin anew after a change.
