@@ -278,7 +278,7 @@ const pathUpdate webhook.Path = "update"
 
 // pathOf says by which way a request may take a pod or its address away.
 func pathOf(e *auditlog.Event) (webhook.Path, bool) {
-	if e.ObjectRef.Resource != "pods" {
+	if e.ObjectRef.Resource != "pods" || e.ObjectRef.APIGroup != "" {
 		return "", false
 	}
 	switch e.Verb + " " + e.ObjectRef.Subresource {

@@ -63,6 +63,8 @@ func TestWhatIsAForcedRemoval(t *testing.T) {
 	asTheGuard.ImpersonatedUser = &authenticationv1.UserInfo{Username: "system:serviceaccount:eni-guard:eni-guard-webhook"}
 	labelUnanswered := event("patch  500", "", labelled, "")
 	labelUnanswered.ResponseStatus.Message = notCalled.ResponseStatus.Message
+	others := event("delete  200", "", force, "")
+	others.ObjectRef.APIGroup = "example.com"
 	likeAKubelet := event("delete  200", "", force, "")
 	likeAKubelet.User.Username = "system:node:node-1"
 	ours := event("delete  200", "", force, strings.Replace(pod(markedNow, "", ""), "shop", "eni-guard", 1))
@@ -142,6 +144,7 @@ func TestWhatIsAForcedRemoval(t *testing.T) {
 		{"the finalizer, by its number, with an override", event("patch  200", "", `[{"op":"remove","path":"/metadata/finalizers/0"}]`, "", failedOpen, policyReason+"=fire"), "finalizer overridden Override ", Untold{}},
 		{"a phase, and no webhook", event("patch status 200", "", `{"status":{"phase":"Failed"}}`, "", failedOpen), "", Untold{}},
 		{"another label", event("patch  200", "", `{"metadata":{"labels":{"app":"web"}}}`, ""), "", Untold{}},
+		{"something else that is called pods", others, "", Untold{}},
 		{"a binding", event("create binding 201", "", "{}", ""), "", Untold{}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
