@@ -132,6 +132,8 @@ func slippedWords(reason string) string {
 		return "no webhook answered, and the failure policy is Ignore"
 	case review.ReasonConfigurationDeleted:
 		return "the webhook configuration was deleted"
+	case review.ReasonConfigurationNarrowed:
+		return "what the guard is asked about was changed"
 	case review.ReasonImpersonated:
 		return "who it was acted as is trusted: a kubelet, or the guard itself"
 	case review.ReasonNoTrace:

@@ -80,8 +80,9 @@ const overrideGroup, forceDeletes = "eni-guard.io", "forcedeletes"
 // copied starts a value that a patch has taken from elsewhere in the object, which the log does not have. No label can be so.
 const copied = "copied from "
 
-// gone is the value of a configuration that was deleted, or whose webhook was.
-const gone = "gone"
+// gone is the value of a configuration that was deleted, or whose webhook was; narrowed of one that is asked about something else. All others
+// have that of the failure policy.
+const gone, narrowed = "gone", "narrowed"
 
 const outOfServiceTaint = corev1.TaintNodeOutOfService
 
@@ -361,14 +362,14 @@ func (c *Change) configuration(verb string, body written, bodied bool) {
 			c.What, c.Value, c.Weakens = c.What+", a webhook taken away", gone, true
 			continue
 		}
-		// A whole object has all of it, whatever has changed.
-		if narrowed := hook.narrowed(); verb == "patch" && body.Kind == "" && len(narrowed) > 0 {
-			c.What += ", what it is asked about: " + strings.Join(narrowed, ", ")
-			c.Weakens = true
-		}
 		if policy := hook.FailurePolicy; policy != nil && !strings.HasSuffix(c.Object, "-failing-open") {
 			c.What += fmt.Sprintf(", failurePolicy %s", *policy)
-			c.Weakens = c.Weakens || *policy == admissionregistrationv1.Ignore
+			c.Value, c.Weakens = string(*policy), c.Weakens || *policy == admissionregistrationv1.Ignore
+		}
+		// A whole object has all of it, whatever has changed.
+		if fields := hook.narrowed(); verb == "patch" && body.Kind == "" && len(fields) > 0 {
+			c.What += ", what it is asked about: " + strings.Join(fields, ", ")
+			c.Value, c.Weakens = narrowed, true
 		}
 	}
 }

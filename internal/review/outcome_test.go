@@ -345,6 +345,14 @@ func TestAnUpdateThatRepeatsIsNoChange(t *testing.T) {
 	if strings.Join(got, " ") != "1 3 4" {
 		t.Errorf("the changes are %v", got)
 	}
+	replaced := func(at int) *auditlog.Event {
+		e := later(at, event("update  200", "", `{"kind":"ValidatingWebhookConfiguration","webhooks":[{"name":"force-delete.eni-guard.io","failurePolicy":"Fail"}]}`, ""))
+		e.ObjectRef = auditlog.ObjectRef{Resource: "validatingwebhookconfigurations", Name: "eni-guard"}
+		return e
+	}
+	if n := len(reportOf(t, replaced(1), replaced(2)).Changes); n != 2 {
+		t.Errorf("of two new configurations %d are told", n)
+	}
 }
 
 // What was changed before says why the guard was not asked.
@@ -370,7 +378,16 @@ func TestWhySomethingSlippedPast(t *testing.T) {
 		{"deleted", []*auditlog.Event{configuration("delete  200", "")}, ReasonConfigurationDeleted},
 		{"all deleted", []*auditlog.Event{all}, ReasonConfigurationDeleted},
 		{"its webhook taken away", []*auditlog.Event{configuration("patch  200", `{"webhooks":[]}`)}, ReasonConfigurationDeleted},
-		{"deleted, and created again", []*auditlog.Event{configuration("delete  200", ""), configuration("create  201", `{"webhooks":[{"name":"force-delete.eni-guard.io"}]}`)}, ReasonNoTrace},
+		{"deleted, and created again", []*auditlog.Event{configuration("delete  200", ""), configuration("create  201", `{"webhooks":[{"name":"force-delete.eni-guard.io","failurePolicy":"Fail"}]}`)}, ReasonNoTrace},
+		{"asked about less", []*auditlog.Event{configuration("patch  200", `{"webhooks":[{"name":"force-delete.eni-guard.io","rules":[]}]}`)}, ReasonConfigurationNarrowed},
+		{"asked about less, and trusted by another authority", []*auditlog.Event{
+			configuration("patch  200", `{"webhooks":[{"name":"force-delete.eni-guard.io","failurePolicy":"Ignore","rules":[]}]}`),
+			configuration("patch  200", `[{"op":"add","path":"/webhooks/0/clientConfig/caBundle","value":"eA=="}]`),
+		}, ReasonConfigurationNarrowed},
+		{"asked about less, and applied again", []*auditlog.Event{
+			configuration("patch  200", `{"webhooks":[{"name":"force-delete.eni-guard.io","rules":[]}]}`),
+			configuration("patch  200", `{"kind":"ValidatingWebhookConfiguration","webhooks":[{"name":"force-delete.eni-guard.io","failurePolicy":"Fail","rules":[]}]}`),
+		}, ReasonNoTrace},
 		{"off", []*auditlog.Event{mode(`"off"`)}, "ModeOff"},
 		{"off, and no more", []*auditlog.Event{mode(`"off"`), mode("null")}, ReasonNoTrace},
 	} {

@@ -46,6 +46,8 @@ const (
 	ReasonWebhookDown = "WebhookDown"
 	// ReasonConfigurationDeleted means: somebody had deleted the webhook configuration.
 	ReasonConfigurationDeleted = "ConfigurationDeleted"
+	// ReasonConfigurationNarrowed means: somebody had changed what the guard is asked about.
+	ReasonConfigurationNarrowed = "ConfigurationNarrowed"
 	// ReasonNoTrace means: nothing in the log says why the guard was not asked.
 	ReasonNoTrace = "NoTrace"
 	// ReasonAskedAgain means: the guard has refused, and then let through, what the API server asked about once more.

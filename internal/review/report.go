@@ -134,12 +134,12 @@ func (r *Report) removal(row Removal) (bool, error) {
 }
 
 // change takes in a change, if it is selected. An update that sets what was set already is none: it has the whole object, whatever it
-// changes. last is what was set of each object.
+// changes. Only of a configuration everything counts. last is what was set of each object.
 func (r *Report) change(c Change, last map[string]string) error {
 	key := string(c.Kind) + " " + c.Object
 	before, known := last[key]
 	last[key] = c.Value
-	if !r.filter.change(c) || known && c.Verb == "update" && c.Value != "" && c.Value == before {
+	if !r.filter.change(c) || known && c.Verb == "update" && c.Kind != ChangeConfiguration && c.Value != "" && c.Value == before {
 		return nil
 	}
 	value, err := json.Marshal(c)

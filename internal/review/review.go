@@ -212,9 +212,10 @@ func (v *Review) report(r *Report) error {
 
 // explainer knows what was changed so far, and says why a removal has slipped past.
 type explainer struct {
-	guard   Guard
-	modes   map[string]string
-	deleted bool
+	guard Guard
+	modes map[string]string
+	// configuration is what was done to the guard's that may explain it: a reason, or nothing.
+	configuration string
 }
 
 func newExplainer(guard Guard) *explainer {
@@ -226,7 +227,15 @@ func (x *explainer) change(c Change) {
 	case c.Kind == ChangeMode:
 		x.modes[c.Namespace] = c.Value
 	case c.Kind == ChangeConfiguration && (c.Object == x.guard.configuration() || c.Object == allConfigurations):
-		x.deleted = c.Value == gone
+		switch c.Value {
+		case gone:
+			x.configuration = ReasonConfigurationDeleted
+		case narrowed:
+			x.configuration = ReasonConfigurationNarrowed
+		case "": // something else of it
+		default:
+			x.configuration = ""
+		}
 	}
 }
 
@@ -240,8 +249,8 @@ func (x *explainer) removal(r *Removal) {
 	switch {
 	case r.Mode == string(webhook.ModeOff):
 		r.Reason = string(webhook.ReasonModeOff)
-	case x.deleted:
-		r.Reason = ReasonConfigurationDeleted
+	case x.configuration != "":
+		r.Reason = x.configuration
 	}
 }
 
