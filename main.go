@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -32,14 +33,30 @@ func newCommand() *cobra.Command {
 		Short:         "Guards pods against forced removal while their sandbox is still alive on the node",
 		SilenceUsage:  true,
 		SilenceErrors: true,
-		Args:          cobra.NoArgs,
+		Args: func(cmd *cobra.Command, args []string) error {
+			if len(args) == 0 {
+				return nil
+			}
+			meant := ""
+			if likely := cmd.SuggestionsFor(args[0]); len(likely) > 0 {
+				meant = "; did you mean " + strings.Join(likely, " or ") + "?"
+			}
+			return fmt.Errorf("there is no command %q%s", args[0], meant)
+		},
+		SuggestionsMinimumDistance: 2, // in letters
 		// With an error, so that a container without a command does not look completed.
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return exitstatus.With(exitstatus.Usage, errors.Join(cmd.Help(), errors.New("a command is missing")))
 		},
 	}
 	root.AddCommand(webhook.NewCommand(), agent.NewCommand(), agent.NewInspectCommand(), audit.NewCommand(), webhook.NewCheckCommand(), version.NewCommand())
-	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return exitstatus.With(exitstatus.Usage, err) })
+	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
+		// That a command does not exist is to be told before that its flags do not.
+		if args := cmd.Flags().Args(); cmd == root && len(args) > 0 {
+			return cmd.Args(cmd, args)
+		}
+		return exitstatus.With(exitstatus.Usage, err)
+	})
 	refuseWrongArguments(root)
 	return root
 }
