@@ -39,6 +39,9 @@ installation: correct it, and repeat the same as ` + "`helm upgrade --install`" 
 To upgrade to another version of the chart, use ` + "`--reset-then-reuse-values`" + `: with ` + "`--reuse-values`" + ` Helm leaves out the values that are new
 in it, and the schema says which are missing.
 
+To apply what ` + "`helm template`" + ` renders, render it with ` + "`--no-hooks`" + `. Otherwise the Job that Helm runs before it uninstalls the guard is
+applied with it, runs at once, and switches the guard off: it deletes the webhook configurations.
+
 | value | default | what it is |
 |---|---|---|
 `)
