@@ -33,7 +33,7 @@ func (p Problem) String() string {
 	return fmt.Sprintf("%s: line %d %s", p.File, p.Line, p.What)
 }
 
-// maxProblems is how many problems of one file are named. All are counted.
+// maxProblems is how many lines of one file are named that could not be read. All are counted; what ended a file is always named.
 const maxProblems = 5
 
 // Summary says what was read.
@@ -295,16 +295,19 @@ func (f *fileReader) event(e *Event) {
 	f.Each(e)
 }
 
-// unread is a problem behind which nothing was read.
+// unread is a problem behind which nothing was read. It is named however many lines were before it.
 func (f *fileReader) unread(line int64, what string) error {
 	f.part.Unread++
-	return f.problem(line, what)
+	return f.tell(Problem{File: f.source.Name, Line: line, What: what}, true)
 }
 
 func (f *fileReader) problem(line int64, what string) error {
-	p := Problem{File: f.source.Name, Line: line, What: what}
+	return f.tell(Problem{File: f.source.Name, Line: line, What: what}, len(f.part.Problems) < maxProblems)
+}
+
+func (f *fileReader) tell(p Problem, named bool) error {
 	f.part.ProblemCount++
-	if len(f.part.Problems) < maxProblems {
+	if named {
 		f.part.Problems = append(f.part.Problems, p)
 	}
 	if f.Strict {

@@ -239,6 +239,15 @@ func TestManyProblemsAreCountedAndTheFirstNamed(t *testing.T) {
 	}
 }
 
+// That a file is none at all tells more than its lines.
+func TestWhatIsWrongWithTheWholeFileIsNamedHoweverManyLinesAreBroken(t *testing.T) {
+	_, summary, err := readAll(t, &Reader{}, nil, strings.Repeat("nonsense\n", 1000))
+	if err != nil || summary.ProblemCount != 1001 || len(summary.Problems) != maxProblems+1 ||
+		summary.Problems[0].String() != "standard input is not an audit log: none of its 1000 lines has an event" {
+		t.Errorf("%+v, %v", summary, err)
+	}
+}
+
 func TestSources(t *testing.T) {
 	dir := t.TempDir()
 	write := func(name, content string) string {
