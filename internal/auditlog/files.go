@@ -102,7 +102,10 @@ const maxWindow = 32 << 20
 func isGzip(head []byte) bool { return bytes.HasPrefix(head, []byte{0x1f, 0x8b}) }
 func isZstd(head []byte) bool { return bytes.HasPrefix(head, []byte{0x28, 0xb5, 0x2f, 0xfd}) }
 
-// decompress unpacks what is packed with gzip or zstd, known by how it begins, not by its name.
+// otherPackers are those that are known, and not unpacked, by how what they write begins.
+var otherPackers = []struct{ name, head string }{{"xz", "\xfd7zX"}, {"bzip2", "BZh"}, {"zip", "PK\x03\x04"}}
+
+// decompress unpacks what is packed with gzip or zstd, known by how it begins, not by its name. What another packer has written is an error.
 func decompress(packed io.Reader) (io.Reader, func(), error) {
 	buffered := bufio.NewReaderSize(packed, 64<<10)
 	head, err := buffered.Peek(4)
@@ -122,7 +125,11 @@ func decompress(packed io.Reader) (io.Reader, func(), error) {
 			return nil, nil, fmt.Errorf("begins like zstd: %w", err)
 		}
 		return unpacked, unpacked.Close, nil
-	default:
-		return buffered, func() {}, nil
 	}
+	for _, packer := range otherPackers {
+		if bytes.HasPrefix(head, []byte(packer.head)) {
+			return nil, nil, fmt.Errorf("is packed with %s: unpack it first, only gzip and zstd are unpacked here", packer.name)
+		}
+	}
+	return buffered, func() {}, nil
 }

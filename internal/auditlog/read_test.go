@@ -197,6 +197,9 @@ func TestBadInput(t *testing.T) {
 		{"a broken archive", broken[:len(broken)-30], 0, []string{"and what follows cannot be read: unexpected EOF"}},
 		{"an archive that is none", "\x1f\x8bnonsense", 0, []string{"begins like gzip"}},
 		{"a zstd archive that is none", "\x28\xb5\x2f\xfdnonsense", 0, []string{"and what follows cannot be read"}},
+		{"what xz has packed", "\xfd7zXZ\x00\n\n", 0, []string{"standard input is packed with xz: unpack it first"}},
+		{"what bzip2 has packed", "BZh91AY&SY\n\n", 0, []string{"standard input is packed with bzip2"}},
+		{"what zip has packed", "PK\x03\x04\x14\n\n", 0, []string{"standard input is packed with zip"}},
 		{"nothing", "", 0, nil},
 	} {
 		t.Run(c.name, func(t *testing.T) {
