@@ -442,12 +442,11 @@ func TestFollow(t *testing.T) {
 	}
 	write(forcedOf("web-0"))
 	ctx, cancel := context.WithCancel(t.Context())
-	out, ended := make(awaited), make(chan error, 1)
+	out, messages, ended := make(awaited), make(awaited), make(chan error, 1)
 	cmd := NewCommand()
 	cmd.SilenceErrors, cmd.SilenceUsage = true, true
-	var messages bytes.Buffer
 	cmd.SetOut(out)
-	cmd.SetErr(&messages)
+	cmd.SetErr(messages)
 	cmd.SetArgs([]string{"--follow", log})
 	go func() { ended <- cmd.ExecuteContext(ctx) }()
 	expect := func(pod string) {
@@ -469,7 +468,19 @@ func TestFollow(t *testing.T) {
 	write(half[100:] + half)
 	expect("web-1")
 	// Neither a line that cannot be read, nor what its line does not tell.
-	write("nonsense\n" + strings.ReplaceAll(forcedOf("web-9"), "?gracePeriodSeconds=0", ""))
+	write("nonsense\x1b[2J\n" + strings.ReplaceAll(forcedOf("web-9"), "?gracePeriodSeconds=0", ""))
+	told := func(want string) {
+		t.Helper()
+		select {
+		case text := <-messages:
+			if !strings.Contains(text, want) {
+				t.Errorf("it told %q, want %q", text, want)
+			}
+		case <-time.After(time.Minute):
+			t.Fatalf("it does not tell %q", want)
+		}
+	}
+	told(log + ": line 4 is no JSON\n")
 	if err := os.Rename(log, log+".1"); err != nil {
 		t.Fatal(err)
 	}
@@ -481,12 +492,44 @@ func TestFollow(t *testing.T) {
 	write(forcedOf("w-3"))
 	expect("w-3")
 	cancel()
+	told("1 deletes of pods: the log has neither a decision nor the pod")
 	if err := <-ended; err != nil {
 		t.Errorf("interrupted, it ends with %v", err)
 	}
-	for _, want := range []string{"line 4 is no JSON", "1 deletes of pods: the log has neither a decision nor the pod"} {
-		if !strings.Contains(messages.String(), want) {
-			t.Errorf("at its end it does not tell that %s: %q", want, messages.String())
+}
+
+// Who waits for removals must not be left waiting on a log that is not read any more. A directory in the place of the log is what also root
+// cannot read.
+func TestFollowingEndsWhereTheLogCannotBeRead(t *testing.T) {
+	log := filepath.Join(t.TempDir(), "audit.log")
+	if err := os.WriteFile(log, []byte(recordedLog(t)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	var messages bytes.Buffer
+	out, ended := make(awaited), make(chan error, 1)
+	cmd := NewCommand()
+	cmd.SilenceErrors, cmd.SilenceUsage = true, true
+	cmd.SetOut(out)
+	cmd.SetErr(&messages)
+	cmd.SetArgs([]string{"--follow", "--pod", "host-1", log})
+	go func() { ended <- cmd.ExecuteContext(t.Context()) }()
+	select {
+	case <-out: // its last removal
+	case <-time.After(time.Minute):
+		t.Fatal("it tells nothing")
+	}
+	if err := errors.Join(os.Remove(log), os.Mkdir(log, 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case err := <-ended:
+		if status, _ := errors.AsType[exitstatus.Error](err); status != exitUnread || !strings.Contains(err.Error(), log+" is not followed any more") {
+			t.Errorf("it ended with %v", err)
 		}
+		if !strings.Contains(messages.String(), "cannot be read: read "+log+": is a directory") {
+			t.Errorf("it told %q", messages.String())
+		}
+	case <-time.After(time.Minute):
+		t.Fatal("it goes on")
 	}
 }

@@ -3,17 +3,16 @@ package audit
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
-	"slices"
 
 	"github.com/eni-guard/eni-guard/internal/auditlog"
 	"github.com/eni-guard/eni-guard/internal/exitstatus"
 	"github.com/eni-guard/eni-guard/internal/review"
 )
 
-// runFollow prints removals as they come, each once, until it is interrupted, and then what it could not read or tell.
+// runFollow prints removals as they come, each once, until it is interrupted, and beside them what cannot be read, also as it comes. What
+// the log does not tell is told at the end.
 func (q question) runFollow(ctx context.Context, reader *auditlog.Reader, source auditlog.Source, out, messages io.Writer) error {
 	found := review.NewLive(q.guard)
 	style := styleOf(out)
@@ -31,14 +30,22 @@ func (q question) runFollow(ctx context.Context, reader *auditlog.Reader, source
 			}
 		}
 	}
+	// A terminal that cannot be written to says nothing about the log.
+	reader.EachProblem = func(p auditlog.Problem) { _, _ = fmt.Fprintln(messages, printable(p.String())) }
 	read, err := reader.Read(ctx, []auditlog.Source{source.Follow(ctx)})
-	for _, line := range slices.Concat(problemWords(read), untoldWords(found.Untold)) {
-		fmt.Fprintln(messages, printable(line))
+	for _, line := range untoldWords(found.Untold) {
+		_, _ = fmt.Fprintln(messages, printable(line))
 	}
-	if failed == nil && err != nil && !errors.Is(err, context.Canceled) {
-		failed = exitstatus.With(exitUnread, err)
+	switch {
+	case failed != nil || ctx.Err() != nil:
+		return failed
+	case err != nil:
+		return exitstatus.With(exitUnread, err)
+	case read.Unread > 0:
+		return exitstatus.With(exitUnread, fmt.Errorf("%s is not followed any more", source.Name))
+	default:
+		return nil
 	}
-	return failed
 }
 
 func (q question) printOne(out io.Writer, r review.Removal, s style) error {

@@ -61,6 +61,8 @@ type Reader struct {
 	Each func(*Event)
 	// Strict makes the first problem an error.
 	Strict bool
+	// EachProblem, unless it is nil, is given every problem as it is found; it is called for one at a time.
+	EachProblem func(Problem)
 	// done counts the bytes that were read, as they are on the disk.
 	done atomic.Int64
 	mu   sync.Mutex
@@ -312,6 +314,11 @@ func (f *fileReader) tell(p Problem, named bool) error {
 	}
 	if f.Strict {
 		return errors.New(p.String())
+	}
+	if f.EachProblem != nil {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		f.EachProblem(p)
 	}
 	return nil
 }
