@@ -36,6 +36,8 @@ const (
 // mostHeap is above which the garbage collector takes the time it needs, in bytes.
 const mostHeap = 32 << 20
 
+var errInterrupted = errors.New("interrupted: the report is about what was read until then")
+
 type options struct {
 	since, until                                        string
 	namespaces, users, nodes, pods, decisions, verdicts []string
@@ -230,7 +232,7 @@ func (q question) run(ctx context.Context, in io.Reader, out, messages io.Writer
 		}
 	}
 	if d.interrupted {
-		return exitstatus.With(exitUnread, errors.New("interrupted: the report is about what was read until then"))
+		return exitstatus.With(exitUnread, errInterrupted)
 	}
 	if slices.ContainsFunc(d.Totals.Decisions, func(c review.Count) bool { return slices.Contains(q.fail, review.Decision(c.Name)) }) {
 		return exitstatus.Error(exitFound)
@@ -338,7 +340,8 @@ func (q question) runCheck(ctx context.Context, reader *auditlog.Reader, sources
 	check := review.NewCheck(q.guard)
 	reader.Each = check.Add
 	read, err := readShown(ctx, reader, sources, messages)
-	if err != nil {
+	interrupted := errors.Is(err, context.Canceled)
+	if err != nil && !interrupted {
 		return exitstatus.With(exitUnread, err)
 	}
 	needs := check.Needs()
@@ -353,6 +356,8 @@ func (q question) runCheck(ctx context.Context, reader *auditlog.Reader, sources
 	switch {
 	case err != nil:
 		return exitstatus.With(exitUnread, err)
+	case interrupted:
+		return exitstatus.With(exitUnread, errInterrupted)
 	case slices.ContainsFunc(needs, func(n review.Need) bool { return n.Lacking > 0 }):
 		return exitstatus.Error(exitFound)
 	case slices.ContainsFunc(needs, func(n review.Need) bool { return n.Seen == 0 }):

@@ -334,26 +334,36 @@ func (s *stuck) Read(p []byte) (int, error) {
 
 // Who does not want to wait any longer gets what was read until then, also where nothing comes any more.
 func TestAnInterruptEndsWithTheReportSoFar(t *testing.T) {
-	in := &stuck{text: strings.NewReader(recordedLog(t)), asked: make(chan struct{}), never: make(chan struct{})}
-	defer close(in.never)
-	ctx, interrupt := context.WithCancel(t.Context())
-	var out bytes.Buffer
-	cmd := NewCommand()
-	cmd.SilenceErrors, cmd.SilenceUsage = true, true
-	cmd.SetIn(in)
-	cmd.SetOut(&out)
-	cmd.SetArgs([]string{})
-	ended := make(chan error, 1)
-	go func() { ended <- cmd.ExecuteContext(ctx) }()
-	<-in.asked
-	interrupt()
-	select {
-	case err := <-ended:
-		if status, _ := errors.AsType[exitstatus.Error](err); status != exitUnread || !strings.Contains(err.Error(), "interrupted") || !strings.Contains(out.String(), "19 removals and tries by force") {
-			t.Errorf("%v:\n%s", err, out.String())
-		}
-	case <-time.After(time.Minute):
-		t.Fatal("it goes on")
+	for name, c := range map[string]struct {
+		args []string
+		says string
+	}{
+		"a review": {[]string{}, "19 removals and tries by force"},
+		"a check":  {[]string{"--check"}, "there: all 46"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			in := &stuck{text: strings.NewReader(recordedLog(t)), asked: make(chan struct{}), never: make(chan struct{})}
+			defer close(in.never)
+			ctx, interrupt := context.WithCancel(t.Context())
+			var out bytes.Buffer
+			cmd := NewCommand()
+			cmd.SilenceErrors, cmd.SilenceUsage = true, true
+			cmd.SetIn(in)
+			cmd.SetOut(&out)
+			cmd.SetArgs(c.args)
+			ended := make(chan error, 1)
+			go func() { ended <- cmd.ExecuteContext(ctx) }()
+			<-in.asked
+			interrupt()
+			select {
+			case err := <-ended:
+				if status, _ := errors.AsType[exitstatus.Error](err); status != exitUnread || !strings.Contains(err.Error(), "interrupted") || !strings.Contains(out.String(), c.says) {
+					t.Errorf("%v:\n%s", err, out.String())
+				}
+			case <-time.After(time.Minute):
+				t.Fatal("it goes on")
+			}
+		})
 	}
 }
 
