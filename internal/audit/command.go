@@ -237,11 +237,29 @@ func (q question) run(ctx context.Context, in io.Reader, out, messages io.Writer
 	if slices.ContainsFunc(d.Totals.Decisions, func(c review.Count) bool { return slices.Contains(q.fail, review.Decision(c.Name)) }) {
 		return exitstatus.Error(exitFound)
 	}
-	// Who asks whether something is there must not take a file that could not be read for one that has nothing.
-	if d.log.Unread > 0 && len(q.fail) > 0 {
-		return exitstatus.With(exitUnread, fmt.Errorf("%s could not be read in whole, so nothing is certain about --fail-on", count(d.log.Unread, "file")))
+	if why := d.uncertain(q.fail); why != "" {
+		return exitstatus.With(exitUnread, fmt.Errorf("%s, so nothing is certain about --fail-on", why))
 	}
 	return nil
+}
+
+// uncertain says why a log without what somebody asks for may have it all the same; nothing if it has not. Who asks must not take a log that
+// could not be read, or does not tell, for one that has nothing.
+func (d document) uncertain(fail []review.Decision) string {
+	// What the guard has decided is in the log at any level. (Of evictions without a decision no policy records what would tell.)
+	untold := d.Untold.Deletes + d.Untold.Collections
+	switch {
+	case len(fail) == 0:
+		return ""
+	case d.log.Unread > 0:
+		return count(d.log.Unread, "file") + " could not be read in whole"
+	case d.log.Lines == 0:
+		return "there was nothing to read"
+	case slices.Contains(fail, review.SlippedPast) && untold > 0:
+		return count(int(untold), "delete") + " may have slipped past and the log does not tell (--check says what it lacks)"
+	default:
+		return ""
+	}
 }
 
 // review reads the sources and puts the report together.
