@@ -177,7 +177,7 @@ func (o options) validate(files []string, now time.Time) (question, error) {
 		return q, errors.New("--follow needs one FILE, the log that is written to")
 	case o.follow && (o.check || len(o.failOn) > 0 || o.output != "table" && o.output != "json"):
 		return q, errors.New("--follow has no end, so --check, --fail-on, -o csv and -o html do not go with it")
-	case o.check && len(o.namespaces)+len(o.users)+len(o.nodes)+len(o.pods)+len(o.decisions)+len(o.verdicts)+len(o.since)+len(o.until) > 0:
+	case o.check && q.askedWords() != "":
 		return q, errors.New("--check looks at the whole log, so no filter goes with it")
 	case o.check && (o.output == "csv" || o.output == "html" || len(o.failOn) > 0):
 		return q, errors.New("--check prints a table or, with -o json, JSON, and does not go with --fail-on")
@@ -281,6 +281,7 @@ func (q question) review(ctx context.Context, reader *auditlog.Reader, sources [
 	if err != nil {
 		return d, cmp.Or(context.Cause(ctx), err)
 	}
+	d.asked = q.askedWords()
 	d.Report, err = found.Report(q.filter)
 	return d, err
 }
@@ -292,6 +293,8 @@ type document struct {
 
 	// interrupted says that somebody did not want to wait for the end.
 	interrupted bool
+	// asked says what the report is about, where that is not everything.
+	asked string
 }
 
 func (d document) print(out io.Writer, format string) error {

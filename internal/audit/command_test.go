@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"flag"
+	"html"
 	"io"
 	"os"
 	"path/filepath"
@@ -240,6 +241,26 @@ func TestFilters(t *testing.T) {
 	}
 }
 
+// A report that is handed on must say that it is about a part only, or its reader takes it for everything.
+func TestTheReportSaysWhatItIsAbout(t *testing.T) {
+	filters := []string{"--since", "2026-11-25T10:00:00+08:00", "--until", "2026-11-26", "--namespace", "shop,bank", "--user", "<jo>", "--node", "node-1", "--pod", "web-0", "--decision", "denied", "--verdict", "bound"}
+	const only = "; only since 2026-11-25 02:00:00 UTC, until 2026-11-26 00:00:00 UTC, namespace shop or bank, user <jo>, node node-1, pod web-0, decision denied, verdict bound"
+	for format, says := range map[string][]string{
+		"table": {"02:13:45 UTC" + only + "\n", "\nno forced removals among those asked for\n"},
+		"html":  {"02:13:45 UTC" + html.EscapeString(only) + ". Reviewed", "<p>There are no forced removals among those asked for.</p>"},
+	} {
+		out, status, err := run(t, "", append(filters, "-o", format, everyWay)...)
+		for _, want := range says {
+			if status != 0 || !strings.Contains(out, want) {
+				t.Errorf("%s: status %d (%v), and %q is not in:\n%s", format, status, err, want, out)
+			}
+		}
+		if out, _, _ := run(t, "", "-o", format, everyWay); strings.Contains(out, "; only") {
+			t.Errorf("%s: of everything it says that it is a part:\n%s", format, out)
+		}
+	}
+}
+
 func TestExitStatus(t *testing.T) {
 	missing := filepath.Join(t.TempDir(), "missing.log")
 	const broken = "{\"kind\":\"Event\"\n"
@@ -342,7 +363,7 @@ func TestAnInterruptEndsWithTheReportSoFar(t *testing.T) {
 		args []string
 		says string
 	}{
-		"a review": {[]string{}, "19 removals and tries by force"},
+		"a review": {[]string{}, "02:13:45 UTC; interrupted, so not to its end\n\n19 removals and tries by force"},
 		"a check":  {[]string{"--check"}, "there: all 46"},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -157,7 +157,7 @@ func (d document) html(out io.Writer) error {
 <body>
 <h1>Forced removals of pods</h1>
 <p class="about">%s. Reviewed with eni-guard %s. Times are in UTC.</p>
-`, logWords(d.log), version.Version)
+`, d.logWords(), version.Version)
 	if problems := problemWords(d.log); len(problems) > 0 {
 		m.list(`<div class="problems">`, problems, "</div>")
 	}
@@ -248,7 +248,7 @@ var removalHeads = []string{"Time", "User", "From", "Pod", "Node", "Way in", "Mo
 
 func (d document) writeRemovals(m *markup) error {
 	if d.Count == 0 {
-		m.raw("<p>There were none.</p>\n")
+		m.add("<p>There are %s.</p>\n", d.noneWords())
 		return nil
 	}
 	m.raw("<div class=\"scroll\"><table id=\"removals\"><thead><tr>")

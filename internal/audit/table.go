@@ -207,9 +207,9 @@ func (d document) text(to io.Writer, s style) error {
 		_, _ = out.WriteString("\n" + text + "\n")
 	}
 	line := func(text string) { _, _ = out.WriteString("  " + printable(text) + "\n") }
-	_, _ = out.WriteString(logWords(d.log) + "\n")
+	_, _ = out.WriteString(printable(d.logWords()) + "\n")
 	if d.Count == 0 {
-		_, _ = out.WriteString("\nno forced removals\n")
+		_, _ = out.WriteString("\n" + d.noneWords() + "\n")
 	} else {
 		head("%s by force", removals(d.Count))
 		if err := d.removalTable(out, s); err != nil {

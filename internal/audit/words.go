@@ -26,6 +26,48 @@ func printable(text string) string {
 	}, text)
 }
 
+// askedWords say what the filters ask for; nothing if they ask for everything.
+func (q question) askedWords() string {
+	var all []string
+	for _, at := range []struct {
+		what string
+		time time.Time
+	}{{"since", q.filter.Since}, {"until", q.filter.Until}} {
+		if !at.time.IsZero() {
+			all = append(all, at.what+" "+at.time.UTC().Format(timeLayout)+" UTC")
+		}
+	}
+	for _, list := range []struct {
+		what  string
+		words []string
+	}{{"namespace", q.namespaces}, {"user", q.users}, {"node", q.nodes}, {"pod", q.pods}, {"decision", q.decisions}, {"verdict", q.verdicts}} {
+		if len(list.words) > 0 {
+			all = append(all, list.what+" "+strings.Join(list.words, " or "))
+		}
+	}
+	return strings.Join(all, ", ")
+}
+
+// logWords say what was read, and what of it the report is about.
+func (d document) logWords() string {
+	text := logWords(d.log)
+	if d.asked != "" {
+		text += "; only " + d.asked
+	}
+	if d.interrupted {
+		text += "; interrupted, so not to its end"
+	}
+	return text
+}
+
+// noneWords say that the report has no removal; that must not be taken for a log without any.
+func (d document) noneWords() string {
+	if d.asked != "" {
+		return "no forced removals among those asked for"
+	}
+	return "no forced removals"
+}
+
 func count(n int, one string) string {
 	if n == 1 {
 		return "1 " + one
