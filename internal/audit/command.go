@@ -112,7 +112,7 @@ func nothingAskedFor(flags *pflag.FlagSet) error {
 		}
 		// No exempt namespace at all makes sense.
 		if empty && failed == nil && (flag.Name != "exempt-namespaces" || len(list.GetSlice()) > 0) {
-			failed = fmt.Errorf("--%s has an empty value; leave it out to ask for everything", flag.Name)
+			failed = fmt.Errorf("--%s has an empty value; give it one, or leave it out", flag.Name)
 		}
 	})
 	return failed
@@ -167,12 +167,17 @@ func (o options) validate(files []string, now time.Time) (question, error) {
 		}
 	}
 	q.filter.Namespaces, q.filter.Users, q.filter.Nodes, q.filter.Pods, q.filter.Verdicts = o.namespaces, o.users, o.nodes, o.pods, o.verdicts
+	if at := slices.IndexFunc(o.pods, func(pod string) bool { return strings.Count(pod, "/") > 1 }); at >= 0 {
+		return q, fmt.Errorf("--pod %q is none of NAME, NAMESPACE/NAME and UID", o.pods[at])
+	}
 	namespace, release, found := strings.Cut(o.release, "/")
 	if !found || namespace == "" || release == "" || strings.Contains(release, "/") {
 		return q, fmt.Errorf("--release %q is not NAMESPACE/NAME", o.release)
 	}
 	q.guard = review.Guard{Namespace: namespace, Release: release, Exempt: o.exempt}
 	switch {
+	case slices.Contains(files, ""):
+		return q, errors.New("a FILE has an empty name; name it, or leave it out to read standard input")
 	case o.follow && (len(files) != 1 || files[0] == auditlog.Stdin):
 		return q, errors.New("--follow needs one FILE, the log that is written to")
 	case o.follow && (o.check || len(o.failOn) > 0 || o.output != "table" && o.output != "json"):

@@ -189,17 +189,17 @@ func slippedWords(reason string) string {
 func untoldWords(u review.Untold) []string {
 	var all []string
 	for _, c := range []struct {
-		n    int64
-		what string
+		n          int64
+		what, lack string
 	}{
-		{u.Deletes, "%d deletes of pods: the log has neither a decision nor the pod"},
-		{u.Collections, "%d deletes of collections of pods: the log does not have which pods"},
-		{u.Evictions, "%d evictions without a decision: the log does not have the pod"},
-		{u.Records, "%d decisions that were cut off when they were written"},
-		{u.Unmatched, "%d removals that may be among those asked for: their node, pod or UID is not on record"},
+		{u.Deletes, "delete", " of pods: the log has neither a decision nor the pod"},
+		{u.Collections, "delete", " of collections of pods: the log does not have which pods"},
+		{u.Evictions, "eviction", " without a decision: the log does not have the pod"},
+		{u.Records, "decision", ", cut off when written"},
+		{u.Unmatched, "removal", " that may be among those asked for: the log does not have the node, pod or UID"},
 	} {
 		if c.n > 0 {
-			all = append(all, fmt.Sprintf(c.what, c.n))
+			all = append(all, count(int(c.n), c.what)+c.lack)
 		}
 	}
 	return all
