@@ -529,7 +529,7 @@ func TestFollow(t *testing.T) {
 	write(forcedOf("w-3"))
 	expect("w-3")
 	cancel()
-	told("1 deletes of pods: the log has neither a decision nor the pod")
+	told("1 delete of pods: the log has neither a decision nor the pod")
 	if err := <-ended; err != nil {
 		t.Errorf("interrupted, it ends with %v", err)
 	}
