@@ -118,7 +118,7 @@ func TestAnInventedReviewDoesNotCountForTheRealOne(t *testing.T) {
 			metav1.SetMetaDataLabel(&p.ObjectMeta, IgnoreLabel, "true")
 			p.CreationTimestamp = metav1.NewTime(testTime)
 			p.ManagedFields = []metav1.ManagedFieldsEntry{{
-				Time: &p.CreationTimestamp, FieldsV1: &metav1.FieldsV1{Raw: []byte(`{"f:metadata":{"f:labels":{"f:` + IgnoreLabel + `":{}}}}`)},
+				Time: &p.CreationTimestamp, FieldsV1: metav1.NewFieldsV1(`{"f:metadata":{"f:labels":{"f:` + IgnoreLabel + `":{}}}}`),
 			}}
 		},
 		"groups that may override": func(r *admissionv1.AdmissionRequest, _ *corev1.Pod) { r.UserInfo.Groups = []string{"system:masters"} },
