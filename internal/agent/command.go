@@ -133,9 +133,6 @@ func (o options) run(ctx context.Context, log logr.Logger) error {
 	measures := http.NewServeMux()
 	measures.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{}))
 	metrics := &http.Server{Handler: measures, ErrorLog: logging.Standard(log), ReadHeaderTimeout: 5 * time.Second}
-	if err := releaseStart(); err != nil {
-		log.Error(err, "could not give back the memory that the start has needed")
-	}
 	log.Info("answering", "node", o.node, "address", o.bindAddress, "criSocket", o.criSocket)
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error {
@@ -144,6 +141,16 @@ func (o options) run(ctx context.Context, log logr.Logger) error {
 	group.Go(func() error { return serve(ctx, health, o.healthAddress, health.Serve) })
 	group.Go(func() error { return serve(ctx, metrics, o.metricsAddress, metrics.Serve) })
 	group.Go(func() error { return sweep(ctx) })
+	group.Go(func() error {
+		select {
+		case <-time.After(startTime):
+			if err := releaseStart(); err != nil {
+				log.Error(err, "could not give back the memory that the start has needed")
+			}
+		case <-ctx.Done():
+		}
+		return nil
+	})
 	group.Go(func() error {
 		targets := []reach.Target{{Name: "runtime", Ask: runtime.version}, reach.APIServer(client.Discovery().RESTClient())}
 		reach.Watch(ctx, log, targets, kernelFacts()...)

@@ -3,14 +3,18 @@ package agent
 import (
 	"errors"
 	"os"
+	"time"
 
 	"github.com/prometheus/procfs"
 	"golang.org/x/sys/unix"
 )
 
+// startTime is after how long everything has been done that is done once: packages initialised, the pods listed, everything looked at.
+const startTime = time.Minute
+
 // releaseStart gives back the memory that only the start of the program needed: the pages of its file, code and constants, that
-// the initialisation of all packages has touched, above all the types of the whole Kubernetes API. That is most of what is
-// resident. What is used again comes back from the page cache.
+// the initialisation of all packages has touched, above all the types of the whole Kubernetes API, and the first talk with the API
+// server. That is most of what is resident. What is used again comes back from the page cache.
 func releaseStart() error {
 	program, err := os.Executable()
 	if err != nil {
