@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"runtime/debug"
 	"time"
 
 	"github.com/go-logr/logr"
@@ -141,6 +142,7 @@ func (o options) run(ctx context.Context, log logr.Logger) error {
 	group.Go(func() error { return serve(ctx, health, o.healthAddress, health.Serve) })
 	group.Go(func() error { return serve(ctx, metrics, o.metricsAddress, metrics.Serve) })
 	group.Go(func() error { return sweep(ctx) })
+	debug.SetGCPercent(heapGrowth)
 	group.Go(func() error {
 		select {
 		case <-time.After(startTime):
