@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -19,8 +20,7 @@ import (
 	"github.com/eni-guard/eni-guard/internal/auditlog"
 )
 
-// The logs in testdata come from the API server of hack/cluster: every-way from TestTheReviewTellsWhatWasDone in test/e2e, which
-// has noted in every-way.txt what it did, scenarios from that and from most of the other end-to-end tests after it.
+// The logs in testdata come from the API server of hack/cluster, as their README says.
 
 var guard = Guard{Namespace: "eni-guard", Release: "eni-guard"}
 
@@ -206,6 +206,41 @@ func TestWhoWeakenedTheGuard(t *testing.T) {
 	}
 }
 
+// What changes.sh types, as kubectl makes it of that.
+func TestChangesAsPeopleTypeThem(t *testing.T) {
+	found := reviewed(t, recorded(t, "changes"))
+	var got []string
+	for _, c := range found.Changes {
+		if c.Weakens {
+			got = append(got, c.Object+": "+c.What)
+		}
+	}
+	for _, r := range found.Removals {
+		got = append(got, fmt.Sprintf("%s by %s %s: %s %s %s", r.Pod, r.User, r.ImpersonatedBy, r.Decision, r.Outcome, r.Reason))
+	}
+	more := regexp.MustCompile("/more-[a-z0-9]{5}:")
+	want := []string{
+		"rolebinding shop/oncall: the right to override for User jo",
+		"rolebinding shop/more-…: the right to override for User mo",
+		"clusterrole ops: has the right to override",
+		"validatingwebhookconfiguration eni-guard: changed, what it is asked about: namespaceSelector",
+		"validatingwebhookconfiguration eni-guard: changed, what it is asked about: matchConditions",
+		"validatingwebhookconfiguration eni-guard: changed, a webhook taken away",
+		"namespace shop: mode off",
+		"deployment eni-guard/eni-guard-webhook: replicas 0",
+		"node node-1: taint node.kubernetes.io/out-of-service",
+		`pod shop/web-3: override: "fire"`,
+		"validatingwebhookconfiguration eni-guard-failing-open: deleted",
+		"web-0 by kubernetes-admin : unanswered refused WebhookDown",
+		"web-0 by system:node:node-1 kubernetes-admin: slipped-past removed Impersonated",
+		"web-1 by kubernetes-admin : slipped-past removed ConfigurationNarrowed",
+		"web-2 by kubernetes-admin : slipped-past removed ConfigurationDeleted",
+	}
+	if text := more.ReplaceAllString(strings.Join(got, "\n"), "/more-…:"); text != strings.Join(want, "\n") {
+		t.Errorf("%s\nnot\n%s", text, strings.Join(want, "\n"))
+	}
+}
+
 // Counted in another way: every decision that the guard has written, except those about what is not forced and about dry runs.
 func TestTheTotalsOfManyScenarios(t *testing.T) {
 	log := recorded(t, "scenarios")
@@ -249,7 +284,7 @@ func TestTheTotalsOfManyScenarios(t *testing.T) {
 
 // What the selection leaves out before parsing tells nothing.
 func TestNothingThatMattersIsLeftOut(t *testing.T) {
-	for _, name := range []string{"every-way", "scenarios"} {
+	for _, name := range []string{"every-way", "scenarios", "changes"} {
 		log := recorded(t, name)
 		spaced := make([]string, len(log))
 		for i, line := range log {
