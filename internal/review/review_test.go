@@ -2,6 +2,7 @@ package review
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -144,13 +145,33 @@ func TestARecordedLogTellsWhatWasDone(t *testing.T) {
 			t.Fatalf("row %d is not as it was done:\n%s\nnot\n%s", i, strings.Join(got, "\n"), strings.Join(want, "\n"))
 		}
 	}
-	counted := map[string]int{}
-	for _, row := range want {
-		counted[strings.Fields(row)[3]]++
+	counted := func(of func(fields []string) string) []Count {
+		all := map[string]int{}
+		for _, row := range want {
+			all[of(strings.Fields(row))]++
+		}
+		return counts(all, 1)
 	}
-	for _, count := range found.Totals.Decisions {
-		if counted[count.Name] != count.Count {
-			t.Errorf("%d removals are %s, and %d were made", count.Count, count.Name, counted[count.Name])
+	for name, c := range map[string]struct{ got, want []Count }{
+		"decision":  {found.Totals.Decisions, counted(func(fields []string) string { return fields[3] })},
+		"user":      {found.Totals.Users, counted(func(fields []string) string { return fields[1] })},
+		"namespace": {found.Totals.Namespaces, counted(func(fields []string) string { return strings.Split(fields[0], "/")[0] })},
+		"node": {found.Totals.Nodes, counted(func(fields []string) string {
+			if fields[3] == string(Unanswered) { // before anybody has read the pod
+				return ""
+			}
+			return "node-1"
+		})},
+	} {
+		if !slices.Equal(c.got, c.want) {
+			t.Errorf("by %s there are %v, and %v were made", name, c.got, c.want)
+		}
+	}
+	// The scenario has had an error of every removal that was refused, and of no other.
+	outcomes := map[Decision]Outcome{"denied": OutcomeRefused, Unanswered: OutcomeRefused, "held": OutcomeHeld}
+	for _, r := range found.Removals {
+		if r.Outcome != cmp.Or(outcomes[r.Decision], OutcomeRemoved) {
+			t.Errorf("%s: %s", r.Outcome, rows([]Removal{r})[0])
 		}
 	}
 	if found.Untold != (Untold{}) {
