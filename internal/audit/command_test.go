@@ -303,7 +303,7 @@ func TestExitStatus(t *testing.T) {
 		{"no release", "", []string{"--release", "eni-guard"}, exitstatus.Usage, "is not NAMESPACE/NAME"},
 		{"following nothing", "", []string{"--follow"}, exitstatus.Usage, "--follow needs one FILE"},
 		{"following two", "", []string{"--follow", everyWay, scenarios}, exitstatus.Usage, "--follow needs one FILE"},
-		{"following several", "", []string{"--follow", "../review/testdata/*.log.gz"}, exitstatus.Usage, "--follow needs one FILE, and ../review/testdata/*.log.gz is 2"},
+		{"following several", "", []string{"--follow", "../review/testdata/*.log.gz"}, exitstatus.Usage, "--follow needs one FILE, and ../review/testdata/*.log.gz is 3"},
 		{"following what is packed", "", []string{"--follow", everyWay}, exitstatus.Usage, "is packed, so nothing is written to it any more"},
 		{"a user that is not set", "", []string{"--user", "", everyWay}, exitstatus.Usage, "--user has an empty value"},
 		{"one of two that is not set", "", []string{"--namespace", "shop,", everyWay}, exitstatus.Usage, "--namespace has an empty value"},
