@@ -46,7 +46,8 @@ func NewInspectCommand() *cobra.Command {
 		Long: `Looks at the node it runs on, as root: at the container runtime, the cgroups of pods, all processes and all network
 namespaces. It reads only.
 
-Exit status: 0 nothing is left; 1 something is; 2 it could not look everywhere, and has found nothing; 64 wrong usage.`,
+Exit status: 0 nothing is left; 1 something is; 2 it could not look everywhere, and has found nothing, or could not print what it
+has found; 64 wrong usage.`,
 		Example: `  # who has this address?
   eni-guard inspect --ip 10.0.12.34
   # what is left here of pods that are gone, and which addresses are there twice?
@@ -316,7 +317,7 @@ func (o inspectOptions) run(ctx context.Context, out io.Writer, q inspectQuestio
 		a.NextStep = nextStep(ctx, o.criSocket, a.Failures)
 	}
 	if err := a.print(out, o.output); err != nil {
-		return err
+		return exitstatus.With(exitUnknown, err) // 1 would say that something is left
 	}
 	switch a.Verdict {
 	case sandbox.Released:

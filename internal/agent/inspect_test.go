@@ -175,6 +175,27 @@ func TestInspectWithoutARuntime(t *testing.T) {
 	}
 }
 
+// Who reads nothing must not be told by the exit status that something is left, or that nothing is.
+func TestInspectCannotPrint(t *testing.T) {
+	full, err := os.OpenFile("/dev/full", os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = full.Close() })
+	for _, format := range []string{"text", "json"} {
+		t.Run(format, func(t *testing.T) {
+			cmd := NewInspectCommand()
+			cmd.SetArgs([]string{"--ip=10.113.99.99", "--cri-socket=/does/not/exist", "-o", format})
+			cmd.SilenceErrors, cmd.SilenceUsage = true, true
+			cmd.SetOut(full)
+			err := cmd.ExecuteContext(t.Context())
+			if status, told := errors.AsType[exitstatus.Error](err); !told || status != exitUnknown || !errors.Is(err, unix.ENOSPC) {
+				t.Errorf("exit status %d: %v", status, err)
+			}
+		})
+	}
+}
+
 // What cannot be looked at is told on one line each, and once, however many looks it was in the way of.
 func TestInspectTellsAFailureOnce(t *testing.T) {
 	runtime := fakeRuntime(func(context.Context, string) (podRecords, error) { return podRecords{}, nil })
