@@ -42,7 +42,7 @@ func TestExitStatus(t *testing.T) {
 // Who mistypes a command is told of that, and not of the flags that go with it.
 func TestACommandThatDoesNotExist(t *testing.T) {
 	for args, want := range map[string]string{
-		"insepct --ip 10.0.0.1": `there is no command "insepct"; did you mean inspect?`,
+		"inspekt --ip 10.0.0.1": `there is no command "inspekt"; did you mean inspect?`,
 		"audti -o json x.log":   `there is no command "audti"; did you mean audit?`,
 		"remove":                `there is no command "remove"`,
 	} {
