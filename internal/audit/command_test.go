@@ -148,6 +148,45 @@ func TestTheTableFitsTheTerminal(t *testing.T) {
 	}
 }
 
+// Only words that are wider than the terminal go beyond it, and on it nothing is left out of the lists.
+func TestTheListsFitTheTerminal(t *testing.T) {
+	d := reviewOf(t, everyWay)
+	d.asked = "namespace " + strings.Repeat("shop or ", 20) + "bank"
+	d.log.ProblemCount, d.log.Problems = 1, []auditlog.Problem{{File: "audit.log", Line: 7, What: strings.Repeat("is broken ", 30)}}
+	needs := []review.Need{{What: "deletes of pods", Why: "whether they are forced", Level: "RequestResponse", Seen: 3, Lacking: 3, Example: "0896128d-0324-4a4d-94af-b99c5692259a", AtLevel: "Metadata"}}
+	for name, print := range map[string]func(style) string{
+		"the report": func(s style) string {
+			var text strings.Builder
+			if err := d.text(&text, s); err != nil {
+				t.Fatal(err)
+			}
+			head, _, _ := strings.Cut(text.String(), "\n\n")
+			_, lists, _ := strings.Cut(text.String(), "\nSlipped past")
+			return head + "\n" + lists
+		},
+		"a check": func(s style) string { return checkText(d.log, needs, s) },
+	} {
+		whole := strings.Fields(print(style{}))
+		for _, width := range []int{60, 80, 120} {
+			text := print(style{width: width})
+			for line := range strings.Lines(text) {
+				if n := len([]rune(strings.TrimSuffix(line, "\n"))); n > width && len(strings.Fields(line)) > 1 {
+					t.Errorf("%s: %d of %d columns: %s", name, n, width, line)
+				}
+			}
+			if name == "the report" && !slices.Equal(strings.Fields(text), whole) {
+				t.Errorf("%s has other words at a width of %d:\n%s", name, width, text)
+			}
+			if name == "a check" && !strings.Contains(strings.Join(strings.Fields(text), " "), "lacking: 3 of 3, such as 0896128d-0324-4a4d-94af-b99c5692259a, at level Metadata. Tells whether they are forced.") {
+				t.Errorf("%s lacks something at a width of %d:\n%s", name, width, text)
+			}
+		}
+	}
+	if text := checkText(d.log, needs, style{width: 200}); !strings.Contains(text, "RECORDED") {
+		t.Errorf("where it fits it is no table:\n%s", text)
+	}
+}
+
 // Names, user agents and reasons are what somebody has sent.
 func TestNothingInALogReachesTheTerminalAsACommand(t *testing.T) {
 	event := `{"kind":"Event","apiVersion":"audit.k8s.io/v1","level":"Request","auditID":"1","stage":"ResponseComplete","requestURI":"/api/v1/namespaces/shop/pods/web-0?gracePeriodSeconds=0",` +

@@ -195,19 +195,37 @@ func paintDecision(text string) string {
 	}
 }
 
+// folded breaks a text between words where the terminal ends, and indents what goes on. A word that is wider stays whole, to be copied.
+func (s style) folded(text, indent string) string {
+	if s.width == 0 {
+		return text
+	}
+	words := strings.Split(text, " ")
+	broken, column := words[0], utf8.RuneCountInString(words[0])
+	for _, word := range words[1:] {
+		between := " "
+		if column+1+utf8.RuneCountInString(word) > s.width {
+			between, column = "\n"+indent, len(indent)-1
+		}
+		broken += between + word
+		column += 1 + utf8.RuneCountInString(word)
+	}
+	return broken
+}
+
 // text is the report for people.
 func (d document) text(to io.Writer, s style) error {
 	out := bufio.NewWriter(to)
 	head := func(format string, args ...any) {
-		text := fmt.Sprintf(format, args...)
+		text := s.folded(fmt.Sprintf(format, args...), "")
 		if s.colour {
 			text = bold + text + plain
 		}
 		// It keeps the first error until it is flushed; so do those below.
 		_, _ = out.WriteString("\n" + text + "\n")
 	}
-	line := func(text string) { _, _ = out.WriteString("  " + printable(text) + "\n") }
-	_, _ = out.WriteString(printable(d.logWords()) + "\n")
+	line := func(text string) { _, _ = out.WriteString(s.folded("  "+printable(text), "    ") + "\n") }
+	_, _ = out.WriteString(s.folded(printable(d.logWords()), "  ") + "\n")
 	if d.Count == 0 {
 		_, _ = out.WriteString("\n" + d.noneWords() + "\n")
 	} else {
@@ -239,7 +257,7 @@ func (d document) text(to io.Writer, s style) error {
 		if i == 0 {
 			_, _ = out.WriteString("\n")
 		}
-		_, _ = out.WriteString(printable(problem) + "\n")
+		_, _ = out.WriteString(s.folded(printable(problem), "    ") + "\n")
 	}
 	return out.Flush()
 }
@@ -364,17 +382,16 @@ func problemWords(log auditlog.Summary) []string {
 	return all
 }
 
-// checkText says what a log has of what a review needs.
+// checkText says what a log has of what a review needs. Where the table does not fit the terminal, it is a list: no part of it can be left out.
 func checkText(log auditlog.Summary, needs []review.Need, s style) string {
-	columns := []column{{head: "RECORDED"}, {head: "AT LEAST"}, {head: "IN THIS LOG"}, {head: "TELLS", rank: 1, least: 10}}
+	columns := []column{{head: "RECORDED"}, {head: "AT LEAST"}, {head: "IN THIS LOG"}, {head: "TELLS"}}
 	lacking, unseen := 0, 0
 	var cells [][]string
+	var list strings.Builder
 	for _, n := range needs {
 		row := []string{n.What, n.Level, printable(n.Verdict()), n.Why}
-		for i, text := range row[:3] {
-			columns[i].least = max(columns[i].least, utf8.RuneCountInString(text))
-		}
 		cells = append(cells, row)
+		list.WriteString(s.folded(fmt.Sprintf("%s, at least %s: %s. Tells %s.", row[0], row[1], row[2], row[3]), "  ") + "\n")
 		if n.Lacking > 0 {
 			lacking++
 		} else if n.Seen == 0 {
@@ -389,18 +406,24 @@ func checkText(log auditlog.Summary, needs []review.Need, s style) string {
 				return
 			}
 		}
-	}, s)
-	text := logWords(log) + "\n\n" + table.String() + "\n"
+	}, style{})
+	shown := table.String()
+	for line := range strings.Lines(shown) {
+		if s.width > 0 && utf8.RuneCountInString(strings.TrimSuffix(line, "\n")) > s.width {
+			shown = list.String()
+			break
+		}
+	}
+	result := "The log has what a review needs."
 	switch {
 	case lacking > 0:
-		text += "The audit policy lacks something: compare it with the one in docs/audit.md.\n"
+		result = "The audit policy lacks something: compare it with the one in docs/audit.md."
 	case unseen > 0:
-		text += "What was not seen has not happened while this log was recorded, or is not recorded: docs/audit.md has commands that change nothing and leave one of each.\n"
-	default:
-		text += "The log has what a review needs.\n"
+		result = "What was not seen has not happened while this log was recorded, or is not recorded: docs/audit.md has commands that change nothing and leave one of each."
 	}
+	text := s.folded(logWords(log), "  ") + "\n\n" + shown + "\n" + s.folded(result, "") + "\n"
 	for _, problem := range problemWords(log) {
-		text += problem + "\n"
+		text += s.folded(printable(problem), "    ") + "\n"
 	}
 	return text
 }
