@@ -38,7 +38,7 @@ const maxProblems = 5
 
 // Summary says what was read.
 type Summary struct {
-	// From and To are the times of the earliest and the latest of the first and the last lines of all files.
+	// From and To are the times of the earliest and the latest of the first and the last lines of all files, and of what was parsed.
 	From  time.Time `json:"from,omitzero"`
 	To    time.Time `json:"to,omitzero"`
 	Files int       `json:"files"`
@@ -199,12 +199,14 @@ func (f *fileReader) readLines(ctx context.Context, from *lines) error {
 	return ctx.Err()
 }
 
+// received is a time as it stands in an event, which may have spaces, or be a text in something else, with its quotes escaped.
+var received = regexp.MustCompile(`^requestReceivedTimestamp\\*" *: *\\*"([^"\\]+)`)
+
 // time reads the time of a line that may not be parsed.
 func (f *fileReader) time(text []byte) {
-	key := []byte(`"requestReceivedTimestamp":"`)
-	if start := bytes.LastIndex(text, key); start >= 0 {
-		value := valueOf(text[start:], key)
-		if at, err := time.Parse(time.RFC3339Nano, string(value)); err == nil {
+	start := max(0, bytes.LastIndex(text, []byte("requestReceivedTimestamp")))
+	if value := received.FindSubmatch(text[start:]); value != nil {
+		if at, err := time.Parse(time.RFC3339Nano, string(value[1])); err == nil {
 			f.part.cover(at)
 		}
 	}
@@ -289,6 +291,9 @@ func (f *fileReader) item(text []byte) error {
 func (f *fileReader) event(e *Event) {
 	f.events = true
 	f.part.Parsed++
+	if !e.Received.IsZero() {
+		f.part.cover(e.Received)
+	}
 	if e.Stage != StageResponseComplete && e.Stage != StagePanic {
 		return
 	}

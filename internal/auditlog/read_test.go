@@ -14,6 +14,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/klauspost/compress/zstd"
 )
@@ -153,6 +154,9 @@ func TestFormats(t *testing.T) {
 			if err != nil || !slices.Equal(ids, []string{"1", "2"}) || summary.ProblemCount != 0 {
 				t.Errorf("read %v, %+v, %v", ids, summary, err)
 			}
+			if at := time.Date(2026, 11, 25, 1, 2, 3, 4000, time.UTC); !summary.From.Equal(at) || !summary.To.Equal(at) {
+				t.Errorf("it covers %s to %s", summary.From, summary.To)
+			}
 		})
 	}
 }
@@ -227,11 +231,25 @@ func TestBadInput(t *testing.T) {
 	}
 }
 
+// Who reads that nothing slipped past must see from when to when, also where the first and the last line do not matter, or are none.
 func TestTheTimeThatTheLogsCover(t *testing.T) {
-	later := strings.ReplaceAll(lookup, "2026-11-25T01:02:03.0", "2026-11-26T01:02:03.0")
-	_, summary, err := readAll(t, &Reader{}, nil, lookup+"\n"+removal("1")+"\n"+later+"\n")
-	if err != nil || summary.From.Day() != 25 || summary.To.Day() != 26 {
-		t.Errorf("%v to %v, %v", summary.From, summary.To, err)
+	earlier, later := strings.ReplaceAll(lookup, "2026-11-25T01:02:03.0", "2026-11-24T01:02:03.0"), strings.ReplaceAll(lookup, "2026-11-25T01:02:03.0", "2026-11-26T01:02:03.0")
+	for name, c := range map[string]struct {
+		content string
+		from    int
+		to      int
+	}{
+		"lines":                      {earlier + "\n" + removal("1") + "\n" + later + "\n", 24, 26},
+		"spaces":                     {spaced(t, earlier) + "\n" + removal("1") + "\n" + spaced(t, later), 24, 26},
+		"content of the log service": {fmt.Sprintf(`{"__time__":1,"content":%q}`+"\n"+`{"__time__":2,"content":%q}`, removal("1"), strings.ReplaceAll(removal("2"), "11-25T", "11-26T")), 25, 26},
+		"something else around it":   {"x\n" + removal("1") + "\ny\n", 25, 25},
+	} {
+		t.Run(name, func(t *testing.T) {
+			_, summary, err := readAll(t, &Reader{}, nil, c.content)
+			if err != nil || summary.From.Day() != c.from || summary.To.Day() != c.to {
+				t.Errorf("%v to %v, %v", summary.From, summary.To, err)
+			}
+		})
 	}
 }
 
