@@ -327,6 +327,13 @@ func (d document) json(to io.Writer) error {
 	}
 	_, _ = out.WriteString("{\n  \"log\": ")
 	value("  ", d.log)
+	if d.asked != "" {
+		_, _ = out.WriteString(",\n  \"only\": ")
+		value("", d.asked)
+	}
+	if d.interrupted {
+		_, _ = out.WriteString(",\n  \"interrupted\": true")
+	}
 	_, _ = out.WriteString(",\n  \"removals\": [")
 	writeItems(out, d.Removals(), value, &failed)
 	_, _ = out.WriteString("],\n  \"changes\": [")

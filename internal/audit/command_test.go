@@ -83,6 +83,7 @@ func TestTheReportForPeople(t *testing.T) {
 // printed is what is printed with -o json.
 type printed struct {
 	Log      auditlog.Summary
+	Only     string
 	Removals []review.Removal
 	Changes  []review.Change
 	Untold   review.Untold
@@ -298,6 +299,9 @@ func TestTheReportSaysWhatItIsAbout(t *testing.T) {
 			t.Errorf("%s: of everything it says that it is a part:\n%s", format, out)
 		}
 	}
+	if d := documentOf(t, append(filters, everyWay)...); "; only "+d.Only != only {
+		t.Errorf("JSON says that it is about %q", d.Only)
+	}
 }
 
 func TestExitStatus(t *testing.T) {
@@ -405,6 +409,7 @@ func TestAnInterruptEndsWithTheReportSoFar(t *testing.T) {
 		says string
 	}{
 		"a review": {[]string{}, "02:13:45 UTC; interrupted, so not to its end\n\n19 removals and tries by force"},
+		"in JSON":  {[]string{"-o", "json"}, ",\n  \"interrupted\": true,\n  \"removals\": ["},
 		"a check":  {[]string{"--check"}, "there: all 46"},
 	} {
 		t.Run(name, func(t *testing.T) {
