@@ -59,7 +59,7 @@ of Alibaba Cloud exports them; packed with gzip or zstd or not. A FILE may be a 
 is also what is read without any FILE.
 
 Exit status: 0 reviewed; 1 a decision of --fail-on is there, or --check found something lacking; 2 a log could not be read, has a line
-that could not be read with --strict, does not show what --check looks for, or reading it was interrupted: once ends with the report so far, twice at once; 64 wrong usage.`,
+that could not be read with --strict, does not show what --check looks for or tell what --fail-on asks for, or reading it was interrupted: once ends with the report so far, twice at once; 64 wrong usage.`,
 		Example: `  # who removed what by force in the last week?
   eni-guard audit --since 7d '/var/log/kubernetes/audit*.log*'
   # for a colleague, as one file that needs nothing else
