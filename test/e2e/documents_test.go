@@ -29,9 +29,10 @@ var notRun = map[string]string{
 	"kubectl scale -n eni-guard deployment/eni-guard-webhook --replicas=2":                                           byCertificates,
 	"kubectl rollout restart -n eni-guard daemonset/eni-guard-agent":                                                 byCertificates,
 	// The guard is gone.
-	"go run . webhook free-held --webhook-configuration=eni-guard --webhook-configuration=eni-guard-failing-open --cluster-role-binding=eni-guard-agent": byUninstall,
-	"helm uninstall eni-guard -n eni-guard --no-hooks":                       byUninstall,
-	"kubectl delete job -n eni-guard eni-guard-free-held --ignore-not-found": byUninstall,
+	"kubectl delete validatingwebhookconfiguration eni-guard eni-guard-failing-open": byUninstall,
+	"go run . webhook free-held --cluster-role-binding=eni-guard-agent":              byUninstall,
+	"helm uninstall eni-guard -n eni-guard --no-hooks":                               byUninstall,
+	"kubectl delete job -n eni-guard eni-guard-free-held --ignore-not-found":         byUninstall,
 }
 
 const (
