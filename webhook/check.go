@@ -186,6 +186,8 @@ func stepAfter(pod string, err error) string {
 		return "Name a pod that runs: `kubectl get pods -n " + namespace + "` lists them"
 	case apierrors.IsForbidden(err), apierrors.IsUnauthorized(err):
 		return "A dry run needs the right to the thing itself: `kubectl auth can-i delete pods -n " + namespace + "` must say yes. Nothing is deleted"
+	case apierrors.IsTimeout(err), apierrors.IsServerTimeout(err), apierrors.IsServiceUnavailable(err), apierrors.IsTooManyRequests(err):
+		return "The API server does not keep up, or lacks its etcd: try again, and if that lasts, look at `kubectl get --raw='/readyz?verbose'`"
 	default:
 		return "Something else has refused this before eni-guard was asked: mend that, or choose another pod"
 	}

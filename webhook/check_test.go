@@ -64,9 +64,10 @@ func TestReadAnswerOfOthers(t *testing.T) {
 	}
 	other := &apierrors.StatusError{ErrStatus: metav1.Status{Code: http.StatusConflict, Message: `admission webhook "other" denied the request: pod is still alive on node node-a`}}
 	for err, next := range map[error]string{
-		errors.New("connection refused"):                                                 "Does `kubectl get pods` reach it?",
-		apierrors.NewNotFound(corev1.Resource("pods"), "web-0"):                          "`kubectl get pods -n shop` lists them",
-		apierrors.NewForbidden(corev1.Resource("pods"), "web-0", errors.New("no right")): "`kubectl auth can-i delete pods -n shop` must say yes",
+		errors.New("connection refused"):                                                  "Does `kubectl get pods` reach it?",
+		apierrors.NewNotFound(corev1.Resource("pods"), "web-0"):                           "`kubectl get pods -n shop` lists them",
+		apierrors.NewForbidden(corev1.Resource("pods"), "web-0", errors.New("no right")):  "`kubectl auth can-i delete pods -n shop` must say yes",
+		apierrors.NewTimeoutError("request did not complete within requested timeout", 0): "The API server does not keep up",
 		other: "Something else has refused this",
 	} {
 		got, told := readAnswer("shop/web-0", err, nil)
