@@ -2,7 +2,6 @@ package review
 
 import (
 	"bytes"
-	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -127,23 +126,30 @@ func reviewedBy(t testing.TB, review *Review, logs ...[]string) reported {
 func rows(removals []Removal) []string {
 	var all []string
 	for _, r := range removals {
-		all = append(all, fmt.Sprintf("%s/%s %s %s %s %s", r.Namespace, r.Pod, r.User, r.Path, r.Decision, r.Reason))
+		row := fmt.Sprintf("%s/%s %s %s %s %s %s", r.Namespace, r.Pod, r.User, r.Path, r.Decision, r.Outcome, r.Reason)
+		if r.Then != nil {
+			row += " " + string(r.Then.How)
+		}
+		all = append(all, row)
 	}
 	return all
 }
 
-func TestARecordedLogTellsWhatWasDone(t *testing.T) {
-	did, err := os.ReadFile("testdata/every-way.txt")
+// noted are the lines in which the end-to-end test has noted what it did.
+func noted(t testing.TB, name string) []string {
+	t.Helper()
+	text, err := os.ReadFile("testdata/" + name)
 	if err != nil {
 		t.Fatal(err)
 	}
+	return strings.Split(strings.TrimSpace(string(text)), "\n")
+}
+
+func TestARecordedLogTellsWhatWasDone(t *testing.T) {
 	found := reviewed(t, recorded(t, "every-way"))
-	want := strings.Split(strings.TrimSpace(string(did)), "\n")
-	got := rows(found.Removals)
-	for i := range max(len(want), len(got)) {
-		if i >= len(want) || i >= len(got) || want[i] != got[i] {
-			t.Fatalf("row %d is not as it was done:\n%s\nnot\n%s", i, strings.Join(got, "\n"), strings.Join(want, "\n"))
-		}
+	want := noted(t, "every-way.txt")
+	if got := rows(found.Removals); !slices.Equal(got, want) {
+		t.Fatalf("it is not as it was done:\n%s\nnot\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
 	}
 	counted := func(of func(fields []string) string) []Count {
 		all := map[string]int{}
@@ -165,13 +171,6 @@ func TestARecordedLogTellsWhatWasDone(t *testing.T) {
 	} {
 		if !slices.Equal(c.got, c.want) {
 			t.Errorf("by %s there are %v, and %v were made", name, c.got, c.want)
-		}
-	}
-	// The scenario has had an error of every removal that was refused, and of no other.
-	outcomes := map[Decision]Outcome{"denied": OutcomeRefused, Unanswered: OutcomeRefused, "held": OutcomeHeld}
-	for _, r := range found.Removals {
-		if r.Outcome != cmp.Or(outcomes[r.Decision], OutcomeRemoved) {
-			t.Errorf("%s: %s", r.Outcome, rows([]Removal{r})[0])
 		}
 	}
 	if found.Untold != (Untold{}) {
@@ -199,6 +198,7 @@ func TestWhatBecameOfPodsThatStayed(t *testing.T) {
 		`web-1 denied: forced overridden by operator@example.com, override "the node is on fire, ticket 4711", by name false`,
 		`web-2 denied: ended by system:node:node-1, override "", by name false`,
 		`web-0 held: freed by system:serviceaccount:eni-guard:eni-guard-webhook, override "", by name false`,
+		`kept-0 audited: stripped by kubernetes-admin, override "", by name true`,
 		`web-3 unanswered: ended by system:node:node-1, override "", by name true`,
 	}
 	if !slices.Equal(got, want) {
@@ -210,19 +210,10 @@ func TestWhoWeakenedTheGuard(t *testing.T) {
 	var got []string
 	for _, c := range reviewed(t, recorded(t, "every-way")).Changes {
 		if c.Weakens {
-			got = append(got, fmt.Sprintf("%s %s: %s", c.User, strings.ReplaceAll(c.Object, "e2e-testthereviewtellswhatwasdone-", ""), c.What))
+			got = append(got, fmt.Sprintf("%s %s: %s", c.User, c.Object, c.What))
 		}
 	}
-	want := []string{
-		"kubernetes-admin namespace 77rtn: mode audit",
-		"kubernetes-admin namespace m95pn: mode off",
-		`kubernetes-admin pod wjk5r/web-1: override: "the node is on fire, ticket 4711"`,
-		"kubernetes-admin deployment eni-guard/eni-guard-webhook: replicas 0",
-		`kubernetes-admin pod wjk5r/web-4: override: "the whole rack is powered off"`,
-		"kubernetes-admin validatingwebhookconfiguration eni-guard: changed, failurePolicy Ignore",
-		"kubernetes-admin validatingwebhookconfiguration eni-guard: deleted",
-	}
-	if !slices.Equal(got, want) {
+	if want := noted(t, "weakened.txt"); !slices.Equal(got, want) {
 		t.Errorf("%s\nnot\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
 	}
 }
