@@ -177,7 +177,7 @@ func slippedWords(reason string) string {
 	case review.ReasonConfigurationNarrowed:
 		return "what the guard is asked about was changed"
 	case review.ReasonImpersonated:
-		return "who it was acted as is trusted: a kubelet, or the guard itself"
+		return "somebody acted as a kubelet or as the guard itself, which the guard trusts"
 	case review.ReasonNoTrace:
 		return "the log does not say why: the guard was not installed, or was switched off before the log begins"
 	default:
