@@ -407,7 +407,7 @@ func (i *Inspector) byName(ctx context.Context, name sandbox.Pod) answer {
 	a := i.reports(ctx, pods)
 	a.Named = name.Namespace + "/" + name.Name
 	if err != nil {
-		a.Failures = append(a.Failures, "the runtime's sandboxes could not be listed, so there may be other pods of this name: "+text(err))
+		a.Failures = append(a.Failures, fmt.Sprintf("the runtime's sandboxes could not be listed (%s), so there may be other pods of this name; --uid, --ip and --all look without it", text(err)))
 		a.Verdict = worse(a.Verdict, sandbox.Unknown)
 	}
 	if len(pods) == 0 && err == nil {

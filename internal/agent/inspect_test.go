@@ -153,7 +153,7 @@ func TestInspectWithoutARuntime(t *testing.T) {
 		"--uid=" + podUID:                "pod with UID " + podUID + " on node node-a: unknown",
 		"--pod=shop/web-0":               "pod shop/web-0 on node node-a: unknown",
 		"--pod=shop/web-0 -o json":       `"named": "shop/web-0"`,
-		"--pod=shop/web-0 -o text":       "there may be other pods of this name",
+		"--pod=shop/web-0 -o text":       "there may be other pods of this name; --uid, --ip and --all look without it",
 		"--ip=10.113.99.99":              "address 10.113.99.99 on node node-a: unknown",
 		"--all -o json":                  `"verdict": "unknown"`,
 		"--uid=" + otherUID + " -o json": `"verdict": "unknown"`,
