@@ -137,13 +137,25 @@ func (r *Runtime) all(ctx context.Context) (podRecords, error) {
 
 func (r *Runtime) records(ctx context.Context, selector map[string]string) (podRecords, error) {
 	var found podRecords
-	list, err := r.client.ListPodSandbox(ctx, &runtimeapi.ListPodSandboxRequest{
+	// Both at once, for the time that it takes: which one is the older does not matter, as anything in either is a finding.
+	var containers *runtimeapi.ListContainersResponse
+	var containersErr error
+	var listing sync.WaitGroup
+	listing.Go(func() {
+		containers, containersErr = r.client.ListContainers(ctx, &runtimeapi.ListContainersRequest{
+			Filter: &runtimeapi.ContainerFilter{LabelSelector: selector},
+		})
+	})
+	list, sandboxesErr := r.client.ListPodSandbox(ctx, &runtimeapi.ListPodSandboxRequest{
 		Filter: &runtimeapi.PodSandboxFilter{LabelSelector: selector},
 	})
-	if err != nil {
-		return found, runtimeError(err)
-	}
+	listing.Wait()
 	var unread []error
+	for _, err := range []error{sandboxesErr, containersErr} {
+		if err != nil {
+			unread = append(unread, runtimeError(err))
+		}
+	}
 	for _, item := range list.GetItems() {
 		s := podSandbox{
 			id:    item.GetId(),
@@ -154,6 +166,7 @@ func (r *Runtime) records(ctx context.Context, selector map[string]string) (podR
 		}
 		source, told := item.GetAnnotations()[configSourceAnnotation]
 		s.static = told && source != "api"
+		var err error
 		s.details, err = r.details(ctx, s)
 		if status.Code(err) == codes.NotFound && !r.listed(ctx, s.id) {
 			continue // removed since it was listed
@@ -166,14 +179,8 @@ func (r *Runtime) records(ctx context.Context, selector map[string]string) (podR
 		}
 		found.sandboxes = append(found.sandboxes, s)
 	}
-	if selector == nil {
+	if selector == nil && sandboxesErr == nil {
 		r.forget(found.sandboxes)
-	}
-	containers, err := r.client.ListContainers(ctx, &runtimeapi.ListContainersRequest{
-		Filter: &runtimeapi.ContainerFilter{LabelSelector: selector},
-	})
-	if err != nil {
-		return found, errors.Join(append(unread, runtimeError(err))...)
 	}
 	for _, c := range containers.GetContainers() {
 		// CONTAINER_UNKNOWN is what a runtime says that lost its shim: the processes may well live.

@@ -171,7 +171,7 @@ func TestRuntimePod(t *testing.T) {
 		want       string
 	}{
 		{"everything answers", "", []podSandbox{newSandbox, oldSandbox}, containers, ""},
-		{"sandboxes cannot be listed", "ListPodSandbox", nil, nil, "container runtime: ListPodSandbox failed"},
+		{"sandboxes cannot be listed: the containers are still evidence", "ListPodSandbox", nil, containers, "container runtime: ListPodSandbox failed"},
 		{"one sandbox cannot be read", "PodSandboxStatus of new", []podSandbox{{id: "new", pod: podOfRecords, ready: true}, oldSandbox}, containers, "PodSandboxStatus of new failed"},
 		{"containers cannot be listed: the sandboxes are still evidence", "ListContainers", []podSandbox{newSandbox, oldSandbox}, nil, "ListContainers failed"},
 	} {
@@ -265,6 +265,10 @@ func TestDetailsAreRemembered(t *testing.T) {
 	found, err := runtime.pod(t.Context(), podUID)
 	if err != nil || found.sandboxes[0].ready || !reflect.DeepEqual(found.sandboxes[0].ips, newSandbox.ips) {
 		t.Errorf("got %+v (%v)", found, err)
+	}
+	cri.fails = "ListPodSandbox"
+	if _, err := runtime.all(t.Context()); err == nil || !slices.Equal(known(), []string{"new"}) {
+		t.Errorf("when nobody knows what is there, it still remembers %v (%v)", known(), err)
 	}
 	runtime.forget([]podSandbox{{id: "new"}, {id: "other"}})
 	if !slices.Equal(known(), []string{"new"}) {
