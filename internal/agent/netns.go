@@ -183,7 +183,7 @@ func (h Host) readOccupied(ctx context.Context, namespaces []netNamespace) (left
 }
 
 // covered finds those of the mounted namespaces that could not be entered, and are mounted all the same: something else is mounted
-// over them, so that their path leads elsewhere. Those have not ended.
+// over them, so that their path leads elsewhere; or was over all of /run/netns when this container was given it. Those have not ended.
 func (h Host) covered(namespaces []netNamespace, how depth, err error) ([]netNamespace, error) {
 	if how == quick || !slices.ContainsFunc(namespaces, func(n netNamespace) bool { return gone(n.unread) }) {
 		return namespaces, err
@@ -192,7 +192,7 @@ func (h Host) covered(namespaces []netNamespace, how depth, err error) ([]netNam
 	for i := range namespaces {
 		n := &namespaces[i]
 		if paths := mounts[n.id]; gone(n.unread) && len(paths) > 0 && len(n.tasks) == 0 {
-			n.unread = fmt.Errorf("it is mounted at %s, but something else covers it", paths[0])
+			n.unread = fmt.Errorf("it is mounted at %s, but something else covers it, or did when the agent started", paths[0])
 		}
 	}
 	return namespaces, errors.Join(err, listErr)
@@ -235,23 +235,23 @@ func namespaceID(file unix.Statx_t) string { return "net:[" + strconv.FormatUint
 //
 // The mount table is that of this process. In a container it shows the node's namespaces only if the node's /run/netns
 // is mounted there and receives later mounts and unmounts; this is checked, because without it an open namespace would
-// look closed.
+// look closed. What was covered on the node when the container was given it is in the node's own table alone, that of process 1.
 func (h Host) mountedNamespaces() (map[string][]string, error) {
-	table, err := os.Open(filepath.Join(h.Proc, "thread-self/mountinfo"))
-	if err != nil {
-		return nil, fmt.Errorf("mount table: %w", err)
-	}
-	defer table.Close()
-	mounts, err := mountinfo.GetMountsFromReader(table, nil)
-	if err != nil {
-		return nil, fmt.Errorf("mount table: %w", err)
-	}
 	own, err := os.Readlink(filepath.Join(h.Proc, "thread-self/ns/mnt"))
 	if err != nil {
 		return nil, err
 	}
 	host, err := h.namespace("mnt")
 	if err != nil {
+		return nil, err
+	}
+	var mounts, hosts []*mountinfo.Info
+	if own != host { // before this process's own: what is mounted meanwhile then shows in that
+		if hosts, err = h.mounts("1", mountinfo.PrefixFilter(netnsDir)); err != nil {
+			return nil, err
+		}
+	}
+	if mounts, err = h.mounts("thread-self", nil); err != nil {
 		return nil, err
 	}
 	if own != host && !slices.ContainsFunc(mounts, receivesNamespaces) {
@@ -262,12 +262,26 @@ func (h Host) mountedNamespaces() (map[string][]string, error) {
 		return nil, errors.New("the agent has a PID namespace of its own (hostPID: true is missing)")
 	}
 	mounted := map[string][]string{}
-	for _, m := range mounts {
+	for _, m := range slices.Concat(mounts, hosts) {
 		if m.FSType == "nsfs" && strings.HasPrefix(m.Root, "net:[") && !slices.Contains(mounted[m.Root], m.Mountpoint) {
 			mounted[m.Root] = append(mounted[m.Root], m.Mountpoint)
 		}
 	}
 	return mounted, nil
+}
+
+// mounts reads the mount table of a process, as far as filter does not leave it out.
+func (h Host) mounts(process string, filter mountinfo.FilterFunc) ([]*mountinfo.Info, error) {
+	table, err := os.Open(filepath.Join(h.Proc, process, "mountinfo"))
+	if err != nil {
+		return nil, fmt.Errorf("mount table: %w", err)
+	}
+	defer table.Close()
+	mounts, err := mountinfo.GetMountsFromReader(table, filter)
+	if err != nil {
+		return nil, fmt.Errorf("mount table of process %s: %w", process, err)
+	}
+	return mounts, nil
 }
 
 // receivesNamespaces says whether m is the node's /run/netns, as a mount that follows the host's: "shared:N" or

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"maps"
 	"net/netip"
 	"os"
@@ -25,6 +26,8 @@ import (
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
+
+	"github.com/eni-guard/eni-guard/internal/sandbox"
 )
 
 func requireRoot(t *testing.T) {
@@ -178,6 +181,37 @@ func TestACoveredNamespaceIsNotGone(t *testing.T) {
 	}
 	if above := v.mountedAt(filepath.Join(netnsDir, upper)); above == "" || strings.Contains(err.Error(), upper) {
 		t.Errorf("what covers it: got %q (%v)", above, err)
+	}
+}
+
+// What was covered when the agent's container was given the node's mounts is in the table of process 1 alone, and nowhere to be entered.
+func TestANamespaceThatWasCoveredWhenTheAgentStarted(t *testing.T) {
+	const path, id = "/run/netns/cni-0f4a8ed8-0f5c-4b3a-9d3e-0123456789ab", "net:[7]"
+	h := lookable(t)
+	if err := os.Remove(filepath.Join(h.Proc, "1/ns/mnt")); err != nil {
+		t.Fatal(err)
+	}
+	h.symlink("1/ns/mnt", "mnt:[2]") // another one than this process's
+	h.write(h.Proc, "thread-self/mountinfo", "36 35 0:5 / /run/netns rw master:1 - tmpfs tmpfs rw\n")
+	covered := fmt.Sprintf("37 35 0:4 %s %s rw shared:1 - nsfs nsfs rw\n", id, path)
+	h.write(h.Proc, "1/mountinfo", covered+"38 35 0:4 net:[8] /srv/netns/x rw shared:1 - nsfs nsfs rw\n")
+	i := newInspector("node-a", h.Host, fakeRuntime(knowsNothing))
+	const failure = "reading the addresses in network namespace " + path + ": it is mounted at " + path + ", but something else covers it, or did when the agent started"
+	report := i.Inspect(t.Context(), podQuery)
+	if report.Verdict() != sandbox.Unknown || !slices.ContainsFunc(report.Failures(), func(f string) bool { return strings.HasSuffix(f, failure) }) {
+		t.Errorf("got %+v", report)
+	}
+	// Unless it has ended meanwhile.
+	h.write(h.Proc, "1/mountinfo", "")
+	if v, _, err := h.view(t.Context(), thorough); err != nil || len(v.namespaces) > 0 {
+		t.Errorf("got %+v (%v)", v, err)
+	}
+	// Without the table of process 1, none of it can be known.
+	if err := os.Remove(filepath.Join(h.Proc, "1/mountinfo")); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := h.view(t.Context(), thorough); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("got %v", err)
 	}
 }
 
@@ -547,6 +581,25 @@ func TestMountsThatDoNotFollowTheHostProveNothing(t *testing.T) {
 	})
 	if paths := slices.Concat(slices.Collect(maps.Values(mounted))...); !slices.Contains(paths, filepath.Join(netnsDir, name)) {
 		t.Errorf("with a directory that follows the host's: got %v", mounted)
+	}
+	// As in the container of an agent that came when something else was mounted over the host's directory.
+	away(t, func() error {
+		err := errors.Join(unix.Unshare(unix.CLONE_NEWNS), unix.Mount("", "/", "", unix.MS_PRIVATE|unix.MS_REC, ""))
+		if err != nil {
+			return err
+		}
+		if err := errors.Join(
+			unix.Unmount(filepath.Join(netnsDir, name), 0),
+			unix.Mount("tmpfs", netnsDir, "tmpfs", 0, ""),
+			unix.Mount("", netnsDir, "", unix.MS_SHARED, ""),
+		); err != nil {
+			return err
+		}
+		mounted, err = realNode.mountedNamespaces()
+		return err
+	})
+	if paths := slices.Concat(slices.Collect(maps.Values(mounted))...); !slices.Contains(paths, filepath.Join(netnsDir, name)) {
+		t.Errorf("with a directory that was covered on the host: got %v", mounted)
 	}
 }
 
