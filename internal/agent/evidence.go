@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -43,9 +44,9 @@ type claims struct {
 	own []claim
 	// taken are other pods' that have an address of it.
 	taken []claim
-	// unclaimed are made by a runtime, and no sandbox is recorded for them. A sandbox in the making has one; there may be a process
+	// unclaimed names one that is made by a runtime, and no sandbox is recorded for it. A sandbox in the making has one; there may be a process
 	// in it already, that of a CNI plugin.
-	unclaimed []netNamespace
+	unclaimed string
 }
 
 // addresses are those that the pod has, by the question and by the runtime.
@@ -133,7 +134,7 @@ func (e evidence) claims(query sandbox.Query, sandboxes map[string]podSandbox) c
 		case len(ips) > 0 && len(found.holds) > 0:
 			c.taken = append(c.taken, found)
 		case !owned && n.madeByARuntime():
-			c.unclaimed = append(c.unclaimed, n)
+			c.unclaimed = cmp.Or(c.unclaimed, n.name())
 		}
 	}
 	// What came into being after the namespaces were looked at is there all the same.
@@ -215,8 +216,8 @@ func judge(query sandbox.Query, e evidence, c claims, strangers []podProcess) sa
 	report.Routes = append(report.Routes, e.paths.rules...)
 
 	netnsErr := e.netnsErr
-	if netnsErr == nil && e.runtimeErr == nil && len(report.Findings) == 0 && e.members.exist && len(c.unclaimed) > 0 {
-		netnsErr = fmt.Errorf("network namespace %s is nobody's, and the pod has a cgroup: a sandbox of it may be in the making", c.unclaimed[0].name())
+	if netnsErr == nil && e.runtimeErr == nil && len(report.Findings) == 0 && e.members.exist && c.unclaimed != "" {
+		netnsErr = fmt.Errorf("network namespace %s is nobody's, and the pod has a cgroup: a sandbox of it may be in the making", c.unclaimed)
 	}
 	report.Probes = []sandbox.Probe{
 		{Name: sandbox.ProbeRuntime, Error: text(e.runtimeErr)},

@@ -2,11 +2,9 @@ package agent
 
 import (
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"io/fs"
-	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -16,11 +14,8 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"syscall"
-	"time"
 
 	"github.com/moby/sys/mountinfo"
-	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
@@ -69,12 +64,6 @@ func (n netNamespace) madeByARuntime() bool {
 	})
 }
 
-// assignment is an address on an interface.
-type assignment struct {
-	ip     netip.Addr
-	device string
-}
-
 // nodeView is every network namespace of the node but the host's own, as the kernel shows them.
 type nodeView struct {
 	namespaces []netNamespace
@@ -119,6 +108,7 @@ func (h Host) view(ctx context.Context, how depth) (v nodeView, processErr, netn
 		return v, nil, netnsErr
 	}
 	delete(mounts, v.host)
+	v.namespaces = make([]netNamespace, 0, len(mounts))
 	for id, paths := range mounts {
 		slices.Sort(paths)
 		v.namespaces = append(v.namespaces, netNamespace{id: id, paths: paths})
@@ -200,23 +190,30 @@ func (h Host) covered(namespaces []netNamespace, how depth, err error) ([]netNam
 
 // runtimesNamespaces returns the network namespaces that are mounted in the directory of the runtimes, from net:[INODE] to path.
 func runtimesNamespaces() (map[string][]string, error) {
-	entries, err := os.ReadDir(netnsDir)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, err
-	}
 	nsfs, err := identify(unix.AT_FDCWD, "/proc/thread-self/ns/net")
 	if err != nil {
 		return nil, err
 	}
-	mounted := map[string][]string{}
-	for _, entry := range entries {
-		path := filepath.Join(netnsDir, entry.Name())
-		file, err := identify(unix.AT_FDCWD, path)
+	directory, err := os.Open(netnsDir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer directory.Close()
+	names, err := directory.Readdirnames(-1)
+	if err != nil {
+		return nil, err
+	}
+	mounted := make(map[string][]string, len(names))
+	for _, name := range names {
+		file, err := identify(int(directory.Fd()), name)
 		if err != nil || file.Dev_major != nsfs.Dev_major || file.Dev_minor != nsfs.Dev_minor {
 			continue // gone, or a file on which no namespace is mounted
 		}
 		id := namespaceID(file)
-		mounted[id] = append(mounted[id], path)
+		mounted[id] = append(mounted[id], filepath.Join(netnsDir, name))
 	}
 	return mounted, nil
 }
@@ -347,13 +344,14 @@ func (h Host) visit(ctx context.Context, namespaces []netNamespace) (back bool, 
 		return true, err
 	}
 	defer own.Close()
-	buffer := make([]byte, dumpSize)
+	buffer := dumps.Get().(*[dumpSize]byte)
+	defer dumps.Put(buffer)
 	for i := range namespaces {
 		if err = ctx.Err(); err != nil {
 			break
 		}
 		n := &namespaces[i]
-		n.addresses, n.unread = addressesIn(h.files(*n), n.id, buffer)
+		n.addresses, n.unread = addressesIn(h.files(*n), n.id, buffer[:])
 	}
 	if returned := netns.Set(own); returned != nil {
 		return false, errors.Join(err, fmt.Errorf("leaving a network namespace: %w", returned))
@@ -385,118 +383,6 @@ func addressesIn(files []string, id string, buffer []byte) ([]assignment, error)
 	return complete(func() ([]assignment, error) { return listAddresses(buffer) })
 }
 
-// dumpSize is what the kernel fills at most of a part of a list (net/netlink/af_netlink.c, netlink_dump).
-const dumpSize = 32 << 10
-
-// dumpTimeout is how long the kernel may take to list the addresses of one namespace.
-const dumpTimeout = 5 * time.Second
-
-// listAddresses asks the kernel for the addresses of the namespace that the calling thread is in (man 7 rtnetlink,
-// RTM_GETADDR). It does so itself, because this is done in every namespace for every question, and the library that is used
-// elsewhere takes five times as long for it.
-func listAddresses(buffer []byte) (assigned []assignment, err error) {
-	socket, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_ROUTE)
-	if err != nil {
-		return nil, err
-	}
-	defer unix.Close(socket)
-	// The kernel answers at once, or something is wrong with it; then this must not hang for ever.
-	timeout := unix.NsecToTimeval(int64(dumpTimeout))
-	if err := unix.SetsockoptTimeval(socket, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &timeout); err != nil {
-		return nil, err
-	}
-	request := make([]byte, unix.SizeofNlMsghdr+unix.SizeofIfAddrmsg)
-	binary.NativeEndian.PutUint32(request[0:], uint32(len(request))) //nolint:gosec // 24
-	binary.NativeEndian.PutUint16(request[4:], unix.RTM_GETADDR)
-	binary.NativeEndian.PutUint16(request[6:], unix.NLM_F_REQUEST|unix.NLM_F_DUMP)
-	if err := unix.Sendto(socket, request, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
-		return nil, err
-	}
-	names := map[uint32]string{}
-	for {
-		n, _, err := unix.Recvfrom(socket, buffer, 0)
-		if errors.Is(err, unix.EINTR) {
-			continue
-		}
-		if err != nil {
-			return nil, err
-		}
-		some, done, err := readDump(buffer[:n], names)
-		if err != nil {
-			return nil, err
-		}
-		if assigned = append(assigned, some...); done {
-			return assigned, nil
-		}
-	}
-}
-
-// readDump reads one part of the kernel's list of addresses; done says that it is the last one. The error is
-// netlink.ErrDumpInterrupted where something has changed since the list was begun.
-func readDump(part []byte, names map[uint32]string) (assigned []assignment, done bool, err error) {
-	messages, err := syscall.ParseNetlinkMessage(part)
-	if err != nil {
-		return nil, false, err
-	}
-	for _, m := range messages {
-		switch {
-		case m.Header.Flags&unix.NLM_F_DUMP_INTR != 0:
-			return nil, false, netlink.ErrDumpInterrupted
-		case m.Header.Type == unix.NLMSG_DONE, m.Header.Type == unix.NLMSG_ERROR:
-			// Both begin with an error number, which is 0 where there is none.
-			if len(m.Data) < 4 {
-				return nil, false, errors.New("the kernel's answer is cut off")
-			}
-			if number := int32(binary.NativeEndian.Uint32(m.Data)); number < 0 { //nolint:gosec // as the kernel has it
-				return nil, false, fmt.Errorf("listing addresses: %w", syscall.Errno(-number))
-			}
-			return assigned, true, nil
-		case m.Header.Type != unix.RTM_NEWADDR:
-			continue
-		}
-		a, err := readAddress(m, names)
-		if err != nil {
-			return nil, false, err
-		}
-		if !a.ip.IsLoopback() && !a.ip.IsLinkLocalUnicast() {
-			assigned = append(assigned, a)
-		}
-	}
-	return assigned, false, nil
-}
-
-var errNoFamily = errors.New("the kernel gave an address of no known family")
-
-// readAddress reads one message about an address. names are those of interfaces that are known already.
-func readAddress(m syscall.NetlinkMessage, names map[uint32]string) (a assignment, err error) {
-	attributes, err := syscall.ParseNetlinkRouteAttr(&m)
-	if err != nil {
-		return a, err
-	}
-	index := binary.NativeEndian.Uint32(m.Data[4:]) // struct ifaddrmsg, ifa_index
-	for _, attribute := range attributes {
-		switch attribute.Attr.Type {
-		case unix.IFA_LOCAL, unix.IFA_ADDRESS:
-			// Of a point-to-point interface the second one is the peer's.
-			if ip, ok := netip.AddrFromSlice(attribute.Value); ok && (attribute.Attr.Type == unix.IFA_LOCAL || !a.ip.IsValid()) {
-				a.ip = ip.Unmap()
-			}
-		case unix.IFA_LABEL: // of IPv4 addresses
-			names[index] = strings.TrimRight(string(attribute.Value), "\x00")
-		}
-	}
-	if !a.ip.IsValid() {
-		return a, errNoFamily
-	}
-	if _, known := names[index]; !known && !a.ip.IsLoopback() && !a.ip.IsLinkLocalUnicast() {
-		if device, err := net.InterfaceByIndex(int(index)); err == nil { // in the namespace of this thread
-			names[index] = device.Name
-		}
-	}
-	a.device = names[index]
-	return a, nil
-}
-
 // enter takes the calling thread into the network namespace behind a file, if it is the one with the given id: a path may
 // have been unmounted or covered, a process ended and its number given to another, since the namespace was seen there. Only then is the
 // file opened; what else is there may be a dead mount.
@@ -522,19 +408,4 @@ func enter(file, id string) error {
 		return fmt.Errorf("entering: %w", err)
 	}
 	return nil
-}
-
-// maxDumps is how often a list is begun anew because something has changed meanwhile.
-const maxDumps = 20
-
-// complete lists until nothing has changed while it was listed, which the kernel tells (NLM_F_DUMP_INTR): an address that
-// is missing from an interrupted list may be there. Where something changes all the time, it gives up.
-func complete[T any](list func() ([]T, error)) ([]T, error) {
-	for range maxDumps {
-		items, err := list()
-		if !errors.Is(err, netlink.ErrDumpInterrupted) {
-			return items, err
-		}
-	}
-	return nil, fmt.Errorf("the network has changed %d times while the kernel listed it", maxDumps)
 }

@@ -671,7 +671,7 @@ func TestReadDump(t *testing.T) {
 		{"something has changed", slices.Concat(dumpedAddress(unix.NLM_F_MULTI), dumpedAddress(interrupted), done), nil, false, netlink.ErrDumpInterrupted},
 		{"something has changed, as the last message says", slices.Concat(dumpedAddress(unix.NLM_F_MULTI), dumped(unix.NLMSG_DONE, interrupted, 0, 0, 0, 0)), nil, false, netlink.ErrDumpInterrupted},
 		{"the kernel refuses", dumped(unix.NLMSG_ERROR, 0, binary.NativeEndian.AppendUint32(nil, ^uint32(unix.EPERM)+1)...), nil, false, unix.EPERM},
-		{"cut off", append(dumpedAddress(unix.NLM_F_MULTI), done[:18]...), nil, false, unix.EINVAL},
+		{"cut off", append(dumpedAddress(unix.NLM_F_MULTI), done[:18]...), nil, false, errCutOff},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			got, done, err := readDump(test.part, map[uint32]string{})
