@@ -102,6 +102,16 @@ func (s *sweeper) run(ctx context.Context, podGone <-chan struct{}) {
 	}
 }
 
+// look tells by the metrics whether the probes can look everywhere, and no more: for as long as the API server has not said which pods there
+// are, nothing can be told to be left over.
+func (s *sweeper) look(ctx context.Context) {
+	look, cancel := context.WithTimeout(ctx, sweepTimeout/2)
+	defer cancel()
+	if survey := s.inspector.survey(look); ctx.Err() == nil {
+		s.metrics.probes(survey.probes)
+	}
+}
+
 // takeOver remembers since when the agent before this one has seen what it has told of. It counts only for what is found.
 func (s *sweeper) takeOver(before corev1.NodeCondition, now time.Time) {
 	s.condition = before

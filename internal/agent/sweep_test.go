@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"maps"
+	"net/http"
+	"net/http/httptest"
 	"slices"
 	"strings"
 	"testing"
@@ -15,6 +17,9 @@ import (
 	"github.com/prometheus/client_golang/prometheus/testutil"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/util/wait"
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/events"
 
 	"github.com/eni-guard/eni-guard/internal/sandbox"
@@ -285,6 +290,44 @@ func TestSweep(t *testing.T) {
 		if got := s.conditions[len(s.conditions)-1]; got.Status != step.status {
 			t.Errorf("%s: the condition is %s (%s), want %s", step.name, got.Status, got.Message, step.status)
 		}
+	}
+}
+
+// Whether the probes can look is told also while the API server does not answer.
+func TestProbesAreToldOfWithoutTheAPIServer(t *testing.T) {
+	silent := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() }))
+	t.Cleanup(func() { silent.CloseClientConnections(); silent.Close() })
+	config := &rest.Config{Host: silent.URL}
+	pods, err := newNodePods(config, "node-a")
+	if err != nil {
+		t.Fatal(err)
+	}
+	client, err := kubernetes.NewForConfig(config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	h := lookable(t)
+	h.group("kubepods/pod" + otherUID)
+	down := func(context.Context, string) (podRecords, error) { return podRecords{}, errors.New("down") }
+	metrics := newSweepMetrics(prometheus.NewRegistry())
+	ctx, end := context.WithCancel(t.Context())
+	ended := make(chan error)
+	go func() {
+		ended <- options{node: "node-a"}.sweeping(client, pods, newInspector("node-a", h.Host, fakeRuntime(down)), metrics, logr.Discard())(ctx)
+	}()
+	if err := wait.PollUntilContextTimeout(ctx, 10*time.Millisecond, time.Minute, true, func(context.Context) (bool, error) {
+		return testutil.CollectAndCount(metrics.probe) == len(sandbox.Required), nil
+	}); err != nil {
+		t.Fatalf("%d probes are told of (%v)", testutil.CollectAndCount(metrics.probe), err)
+	}
+	for _, name := range sandbox.Required {
+		if up := testutil.ToFloat64(metrics.probe.WithLabelValues(string(name))); (up == 1) != (name != sandbox.ProbeRuntime) {
+			t.Errorf("%s: eni_guard_probe_up is %v", name, up)
+		}
+	}
+	end()
+	if err := <-ended; err != nil {
+		t.Error(err)
 	}
 }
 
