@@ -365,13 +365,19 @@ func (i *Inspector) reports(ctx context.Context, pods []sandbox.Pod) answer {
 	}
 	// Without its record and its processes nothing leads from a pod to its namespace, unless somebody knows the address.
 	for _, t := range i.surveyInTime(ctx).traces() {
-		if t.Pod.UID == "" && t.madeByARuntime {
+		if t.mayBeOfAPod() {
 			a.Verdict = sandbox.Unknown
 			a.Failures = append(a.Failures, fmt.Sprintf("%s is nobody's, and may be what is left of the pod: ask with --ip and its address, or look at --all", t.Findings[0].Netns))
 			break
 		}
 	}
 	return a
+}
+
+// mayBeOfAPod says whether a trace is of a namespace that is nobody's, but could be what is left of a pod: a runtime has made it, or it has
+// lost its mount, if it had one, and has an address.
+func (t Trace) mayBeOfAPod() bool {
+	return t.Pod.UID == "" && (t.madeByARuntime || !t.mounted && len(t.addresses) > 0)
 }
 
 // surveyInTime looks at the whole node, and leaves half of the time: a runtime that hangs must not keep what was found from being

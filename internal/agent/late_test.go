@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -116,6 +117,22 @@ func TestInspectOfAPodWhoseNamespaceIsNobodys(t *testing.T) {
 	h = lookable(t, filepath.Join(netnsDir, name))
 	if a := newInspector("node-a", h.Host, fakeRuntime(knowsNothing)).reports(t.Context(), []sandbox.Pod{{UID: podUID}}); a.Verdict != sandbox.Released || len(a.Failures) > 0 {
 		t.Errorf("%s: %q", a.Verdict, a.Failures)
+	}
+	// One that a process alone keeps has lost its mount, and the process has left the pod's cgroup. Without an address it is of no matter.
+	for _, test := range []struct {
+		addresses []netip.Addr
+		want      sandbox.Verdict
+	}{{[]netip.Addr{testAddress}, sandbox.Unknown}, {nil, sandbox.Released}} {
+		cmd := exec.CommandContext(t.Context(), "sleep", "600")
+		id := inNamespace(t, cmd, test.addresses...)
+		h := lookable(t)
+		h.group("kubepods/pod" + otherUID)
+		h.symlink(fmt.Sprintf("%d/ns/net", pid), id)
+		h.symlink(fmt.Sprintf("%d/task/%d/ns/net", pid, pid), realNode.task(cmd.Process.Pid, cmd.Process.Pid, "ns/net"))
+		a := newInspector("node-a", h.Host, fakeRuntime(knowsNothing)).reports(t.Context(), []sandbox.Pod{{UID: podUID}})
+		if a.Verdict != test.want || test.want == sandbox.Unknown && (len(a.Failures) != 1 || !strings.Contains(a.Failures[0], id+" is nobody's")) {
+			t.Errorf("with addresses %v: %s: %q", test.addresses, a.Verdict, a.Failures)
+		}
 	}
 }
 

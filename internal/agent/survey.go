@@ -38,8 +38,10 @@ type Trace struct {
 	addresses []netip.Addr
 	// key tells the trace from others for as long as it lasts.
 	key string
-	// static says that it is of a static pod, and madeByARuntime that its namespace, which is nobody's, has such a name.
-	static, madeByARuntime bool
+	// static says that it is of a static pod.
+	static bool
+	// mounted says that its namespace, which is nobody's, is mounted somewhere, and madeByARuntime that this has a name as runtimes give.
+	mounted, madeByARuntime bool
 }
 
 // SharedAddress is an address that several network namespaces have.
@@ -126,7 +128,7 @@ func (s survey) traces() []Trace {
 		var t *Trace
 		if pod.UID == "" {
 			// With its path: the kernel gives the inode of a namespace that has ended to the next one.
-			nobodys = append(nobodys, Trace{key: n.id + " " + n.name(), madeByARuntime: n.madeByARuntime()})
+			nobodys = append(nobodys, Trace{key: n.id + " " + n.name(), mounted: len(n.paths) > 0, madeByARuntime: n.madeByARuntime()})
 			t = &nobodys[len(nobodys)-1]
 		} else {
 			t = of(pod)
