@@ -72,9 +72,9 @@ has found; 64 wrong usage.`,
 	}
 	cmd.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return exitstatus.With(exitstatus.Usage, err) })
 	flags := cmd.Flags()
-	flags.StringVar(&o.pod, "pod", "", "NAMESPACE/NAME of a pod that the container runtime still knows")
-	flags.StringVar(&o.uid, "uid", "", "UID of a pod, which need not exist any more")
-	flags.StringVar(&o.ip, "ip", "", "address, IPv4 or IPv6")
+	flags.Var((*once)(&o.pod), "pod", "NAMESPACE/NAME of a pod that the container runtime still knows")
+	flags.Var((*once)(&o.uid), "uid", "UID of a pod, which need not exist any more")
+	flags.Var((*once)(&o.ip), "ip", "address, IPv4 or IPv6")
 	flags.BoolVar(&o.all, "all", false, "all that is left of pods that are gone, and all addresses that are there twice")
 	flags.StringVarP(&o.output, "output", "o", "text", "text, or json for programs")
 	flags.StringVar(&o.node, "node-name", nodeName(), "the name of this node in Kubernetes (or the environment variable NODE_NAME; otherwise that of the host)")
@@ -83,6 +83,21 @@ has found; 64 wrong usage.`,
 	flags.DurationVar(&o.timeout, "timeout", defaultTimeout, "how long to look, up to "+maxTimeout.String())
 	return cmd
 }
+
+// once is a flag that asks one question: of two, one would be dropped. It implements pflag.Value.
+type once string
+
+func (o *once) Set(value string) error {
+	if *o != "" {
+		return fmt.Errorf("it is given twice, after %q: ask one question at a time", string(*o))
+	}
+	*o = once(value)
+	return nil
+}
+
+func (o *once) String() string { return string(*o) }
+
+func (*once) Type() string { return "string" }
 
 const criSocketUsage = "the container runtime's CRI socket (or the environment variable CRI_SOCKET)"
 
@@ -109,6 +124,9 @@ func nextStep(ctx context.Context, socket string, failures []string) string {
 		return afterDialing(socket, err, existing(likelyCRISockets))
 	}
 	_ = conn.Close()
+	if slices.ContainsFunc(failures, func(failure string) bool { return strings.Contains(failure, coveredNamespace) }) {
+		return afterUncovering
+	}
 	if !slices.ContainsFunc(failures, runtimeIsSilent) {
 		return ""
 	}
@@ -116,6 +134,9 @@ func nextStep(ctx context.Context, socket string, failures []string) string {
 	return fmt.Sprintf("%s, and at what process %d (%s), which listens at %s, waits for (`cat /proc/%d/task/*/stack`)",
 		silentRuntime, listener, strings.TrimSpace(string(name)), socket, listener)
 }
+
+const afterUncovering = "look at what covers it with `findmnt` on the node, and unmount that if it is not meant to be there; an agent that started under it " +
+	"sees the namespace when its pod has been started anew"
 
 const silentRuntime = "the runtime does not answer; it can be started again while pods run. Before that, look at its log"
 

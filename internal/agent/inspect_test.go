@@ -124,6 +124,10 @@ func TestInspectNamesWhatIsWrong(t *testing.T) {
 		"--all --no-such-flag":  "unknown flag: --no-such-flag",
 		"--all web-0":           `"web-0" is no flag`,
 
+		"--ip=10.0.0.1 --ip=10.0.0.2":          `invalid argument "10.0.0.2" for "--ip" flag: it is given twice, after "10.0.0.1"`,
+		"--uid=" + podUID + " --uid=" + podUID: "it is given twice",
+		"--pod=a/b --pod=a/c":                  "it is given twice",
+
 		// As other commands print them.
 		"10.0.0.5:8080":                    `"10.0.0.5:8080" is no flag; did you mean --ip 10.0.0.5?`,
 		"--ip=[fd00::5]:80":                `is not an address; did you mean --ip fd00::5?`,
@@ -462,5 +466,8 @@ func TestTheNextStepWithARuntimeThatHangs(t *testing.T) {
 	}
 	if got := nextStep(t.Context(), socket, []string{`the probe "netns" did not run: no answer after 1s`}); got != "" {
 		t.Errorf("the runtime is blamed for another probe: %s", got)
+	}
+	if got := nextStep(t.Context(), socket, []string{"network namespace /run/netns/x: it is mounted at /run/netns/x, but " + coveredNamespace}); got != afterUncovering {
+		t.Errorf("of a namespace that is covered: %q", got)
 	}
 }

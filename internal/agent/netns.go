@@ -172,6 +172,8 @@ func (h Host) readOccupied(ctx context.Context, namespaces []netNamespace) (left
 	return append(slices.DeleteFunc(namespaces, ended), again...), processErr, err
 }
 
+const coveredNamespace = "something else covers it"
+
 // covered finds those of the mounted namespaces that could not be entered, and are mounted all the same: something else is mounted
 // over them, so that their path leads elsewhere; or was over all of /run/netns when this container was given it. Those have not ended.
 func (h Host) covered(namespaces []netNamespace, how depth, err error) ([]netNamespace, error) {
@@ -182,7 +184,7 @@ func (h Host) covered(namespaces []netNamespace, how depth, err error) ([]netNam
 	for i := range namespaces {
 		n := &namespaces[i]
 		if paths := mounts[n.id]; gone(n.unread) && len(paths) > 0 && len(n.tasks) == 0 {
-			n.unread = fmt.Errorf("it is mounted at %s, but something else covers it, or did when the agent started", paths[0])
+			n.unread = fmt.Errorf("it is mounted at %s, but %s, or did when the agent started", paths[0], coveredNamespace)
 		}
 	}
 	return namespaces, errors.Join(err, listErr)
