@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -14,6 +15,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -481,6 +483,59 @@ func TestAnAddressThatIsThereTwice(t *testing.T) {
 	awaitInspection(t, "the address to be found once", func() inspection { return inspect(t, "--ip="+pod.Status.PodIP) }, func(found inspection) bool {
 		return len(found.Holders) == 1 && found.Holders[0].Pod.UID == string(pod.UID)
 	})
+}
+
+// An agent that starts while something is mounted over all of /run/netns has none of the namespaces below it in its own mount table. It
+// does not take them for gone.
+func TestANamespaceThatWasCoveredWhenTheAgentStarted(t *testing.T) {
+	ns := namespace(t)
+	pod := sleeper(t, ns, "web-0", nil)
+	const address = "10.113.200.77"
+	twin(t, address)
+	bound := func(found inspection) bool { return found.status == 1 && len(found.Holders) == 1 }
+	awaitInspection(t, "the namespace to show", func() inspection { return inspect(t, "--ip="+address) }, bound)
+
+	wentThrough(t, syscall.Mount("eni-guard-e2e", "/run/netns", "tmpfs", 0, ""))
+	uncover := sync.OnceFunc(func() {
+		if err := syscall.Unmount("/run/netns", 0); err != nil {
+			t.Error(err)
+		}
+		newAgent(t)
+		restored(t)
+	})
+	t.Cleanup(uncover)
+	newAgent(t)
+	covered := "is mounted at /run/netns/eni-guard-e2e-twin, but something else covers it, or did when the agent started"
+	for _, look := range []func(*testing.T, ...string) inspection{inspect, inspectOnTheHost} {
+		found := look(t, "--ip="+address)
+		if found.status != 2 || found.Verdict != "unknown" || !slices.ContainsFunc(found.Failures, func(f string) bool { return strings.Contains(f, covered) }) || !strings.Contains(found.NextStep, "findmnt") {
+			t.Errorf("got %+v", found)
+		}
+	}
+	refused(t, forceDelete(t, pod), "is still alive on node node-1: ")
+	kept(t, pod)
+
+	uncover()
+	if found := inspect(t, "--ip="+address); !bound(found) {
+		t.Errorf("afterwards: got %+v", found)
+	}
+	clusterWorks(t, ns, "afterwards")
+}
+
+// newAgent ends the agent's pod, and waits until the next one answers, ready or not.
+func newAgent(t *testing.T) {
+	t.Helper()
+	// Also at the end of the test, when its context has ended.
+	if out, err := cluster.Kubectl(context.Background(), "-n", incident.GuardNamespace, "delete", "pod", "-l", "app.kubernetes.io/component=agent"); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	wentThrough(t, incident.Wait(context.Background(), 2*time.Minute, "the next agent to answer", func(ctx context.Context) error {
+		conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", "10.111.0.1:9807")
+		if err != nil {
+			return err
+		}
+		return conn.Close()
+	}))
 }
 
 // twin makes a network namespace that has an address, and returns how to remove it.
