@@ -182,8 +182,10 @@ func killDaemon(t *testing.T, name string) {
 // pod that nothing can kill, down over the remains, down again.
 func TestUpAndDown(t *testing.T) {
 	mustRun(t, "down")
+	others := foreignNamespace(t, "before")
 	before := machine(t)
 	mustRun(t, "up")
+	others("while the cluster runs")
 	if out := kubectl(t, "get", "nodes"); !strings.Contains(out, "Ready") || !strings.Contains(out, "v"+defaultKubernetes) {
 		t.Errorf("nodes:\n%s", out)
 	}
@@ -213,12 +215,52 @@ func TestUpAndDown(t *testing.T) {
 	}
 	mustRun(t, "down")
 	expectUnchanged(t, before)
+	others("afterwards")
 	if _, err := os.Stat("../../.cluster/kubeconfig"); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("the kubeconfig of a cluster that is gone is still there (%v)", err)
 	}
 	out, err = command(t, "down").CombinedOutput()
 	if err != nil || !bytes.Contains(out, []byte("no cluster is running")) {
 		t.Errorf("a second down: %v\n%s", err, out)
+	}
+}
+
+// What somebody else puts into /run/netns while the cluster runs is in the mount that up made there, and that stays.
+func TestANamespaceOfSomebodyElse(t *testing.T) {
+	mustRun(t, "down")
+	if mounted, err := mountinfo.Mounted(netnsDir); mounted || err != nil && !errors.Is(err, fs.ErrNotExist) {
+		t.Fatalf("this test needs a machine on which nothing is mounted at %s (%v)", netnsDir, err)
+	}
+	mustRun(t, "up")
+	t.Cleanup(func() { _ = unix.Unmount(netnsDir, unix.MNT_DETACH) })
+	others := foreignNamespace(t, "since")
+	out, err := command(t, "down").CombinedOutput()
+	if err != nil || !bytes.Contains(out, []byte(netnsDir+" stays mounted: somebody else has put eni-guard-test-since there")) {
+		t.Errorf("got %v\n%s", err, out)
+	}
+	others("afterwards")
+}
+
+// foreignNamespace mounts a network namespace in /run/netns that is not the cluster's, and returns what fails if it is not there any more.
+func foreignNamespace(t *testing.T, name string) (expect func(when string)) {
+	t.Helper()
+	path := filepath.Join(netnsDir, "eni-guard-test-"+name)
+	if err := errors.Join(os.MkdirAll(netnsDir, 0o755), os.WriteFile(path, nil, 0o600), unix.Mount("/proc/self/ns/net", path, "", unix.MS_BIND, "")); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := errors.Join(unix.Unmount(path, unix.MNT_DETACH), os.Remove(path)); err != nil {
+			t.Error(err)
+		}
+		_ = os.Remove(netnsDir) // only if it is empty
+	})
+	return func(when string) {
+		t.Helper()
+		there, err := os.Stat(path)
+		own, ownErr := os.Stat("/proc/self/ns/net")
+		if err := errors.Join(err, ownErr); err != nil || !os.SameFile(there, own) {
+			t.Errorf("%s: the namespace of somebody else is gone (%v)", when, err)
+		}
 	}
 }
 

@@ -240,12 +240,15 @@ func removeNetns(state *hostState) error {
 	if err != nil {
 		return err
 	}
-	others := 0
+	var since []string // of others, who have put them into the mount that up made
 	var errs []error
 	for _, entry := range names {
 		name := entry.Name()
-		if !strings.HasPrefix(name, netnsPrefix) || slices.Contains(state.Netns, name) {
-			others++
+		if slices.Contains(state.Netns, name) {
+			continue
+		}
+		if !strings.HasPrefix(name, netnsPrefix) {
+			since = append(since, name)
 			continue
 		}
 		path := filepath.Join(netnsDir, name)
@@ -256,8 +259,12 @@ func removeNetns(state *hostState) error {
 			errs = append(errs, err)
 		}
 	}
-	if len(errs) > 0 || others > 0 {
+	if len(errs) > 0 {
 		return errors.Join(errs...)
+	}
+	if len(since) > 0 {
+		say("%s stays mounted: somebody else has put %s there", netnsDir, strings.Join(since, ", "))
+		return nil
 	}
 	if state.NetnsMounted {
 		if err := unix.Unmount(netnsDir, unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) {

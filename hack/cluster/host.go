@@ -198,7 +198,8 @@ func listLinks() ([]netlink.Link, error) {
 // is not one on every machine. bind says that it is no mount of its own yet.
 func shareMount(dir string, bind bool) error {
 	if bind {
-		if err := unix.Mount(dir, dir, "", unix.MS_BIND, ""); err != nil {
+		// With what is mounted in it: the namespaces of others stay where they are.
+		if err := unix.Mount(dir, dir, "", unix.MS_BIND|unix.MS_REC, ""); err != nil {
 			return fmt.Errorf("binding %s on itself: %w", dir, err)
 		}
 	}
