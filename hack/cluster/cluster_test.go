@@ -241,6 +241,36 @@ func TestANamespaceOfSomebodyElse(t *testing.T) {
 	others("afterwards")
 }
 
+// Where /run is shared, as systemd makes it, what is mounted in /run/netns shows there twice while the cluster is up.
+func TestANamespaceOfSomebodyElseWhereRunIsShared(t *testing.T) {
+	const elsewhere = "ENI_GUARD_TEST_ELSEWHERE"
+	if os.Getenv(elsewhere) == "" { // with mounts of its own
+		again := exec.CommandContext(t.Context(), "/proc/self/exe", "-test.run=^"+t.Name()+"$", "-test.v")
+		again.Env = append(os.Environ(), elsewhere+"=1")
+		again.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNS}
+		if out, err := again.CombinedOutput(); err != nil || !bytes.Contains(out, []byte("--- PASS: "+t.Name())) {
+			t.Errorf("%v\n%s", err, out)
+		}
+		return
+	}
+	if err := errors.Join(
+		unix.Mount("", "/", "", unix.MS_PRIVATE|unix.MS_REC, ""),
+		unix.Mount("tmpfs", "/run", "tmpfs", 0, ""),
+		unix.Mount("", "/run", "", unix.MS_SHARED, ""),
+	); err != nil {
+		t.Fatal(err)
+	}
+	others := foreignNamespace(t, "before")
+	if err := shareMount(netnsDir, true); err != nil {
+		t.Fatal(err)
+	}
+	others("while the cluster runs")
+	if err := removeNetns(&hostState{Netns: []string{"eni-guard-test-before"}, NetnsMounted: true}); err != nil {
+		t.Fatal(err)
+	}
+	others("afterwards")
+}
+
 // foreignNamespace mounts a network namespace in /run/netns that is not the cluster's, and returns what fails if it is not there any more.
 func foreignNamespace(t *testing.T, name string) (expect func(when string)) {
 	t.Helper()

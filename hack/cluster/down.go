@@ -267,6 +267,10 @@ func removeNetns(state *hostState) error {
 		return nil
 	}
 	if state.NetnsMounted {
+		// Where /run is shared, as systemd makes it, what is mounted in /run/netns is there twice, and would go from both places.
+		if err := unix.Mount("", netnsDir, "", unix.MS_SLAVE|unix.MS_REC, ""); err != nil && !errors.Is(err, unix.EINVAL) {
+			return fmt.Errorf("parting %s from what is below it: %w", netnsDir, err)
+		}
 		if err := unix.Unmount(netnsDir, unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) {
 			return fmt.Errorf("unmounting %s: %w", netnsDir, err)
 		}
