@@ -133,11 +133,11 @@ func ending(r *removal, findings []sandbox.Finding) []string {
 		steps = append(steps, fmt.Sprintf("Use `kubectl delete pod %s -n %s --now`: the pod then goes as soon as its node has let go of it.", pod.Name, pod.Namespace))
 	}
 	// Any process is in state D for moments; one that was told to end and still is, is stuck.
-	stuck := pod.DeletionTimestamp != nil && len(findings) > 0 && findings[0].Process != nil && findings[0].Process.Uninterruptible()
+	waits := len(findings) > 0 && findings[0].Process != nil && findings[0].Process.Uninterruptible()
 	switch {
-	case stuck && findings[0].Process.Frozen:
+	case waits && findings[0].Process.Frozen:
 		steps = append(steps, "A frozen process does not end before its cgroup is thawed.")
-	case stuck:
+	case waits && pod.DeletionTimestamp != nil:
 		steps = append(steps, "No signal ends a process in state D: what it waits for must be mended, or the node rebooted.")
 	}
 	return steps

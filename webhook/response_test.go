@@ -54,6 +54,7 @@ func TestMessages(t *testing.T) {
 	}{
 		"bound-process-in-state-D":      {PathDelete, runningPod(terminating(new(int64(30)))), denying(bound)},
 		"bound-frozen":                  {PathDelete, runningPod(terminating(new(int64(30)))), denying(evidence{report: allProbes(frozen)})},
+		"bound-frozen-not-told-to-end":  {PathDelete, runningPod(), denying(evidence{report: allProbes(frozen)})},
 		"bound-running":                 {PathDelete, runningPod(), denying(evidence{report: allProbes(stuck()[1:]...)})},
 		"bound-called-finished":         {PathDelete, runningPod(phase(corev1.PodFailed)), denying(bound)},
 		"bound-finished":                {PathDelete, ended(), denying(evidence{report: allProbes(stuck()[3:]...)})},

@@ -80,8 +80,9 @@ func (c *taintController) Reconcile(ctx context.Context, request reconcile.Reque
 func (c *taintController) tell(node string, put bool, found corev1.NodeCondition) {
 	if put {
 		c.log.Info("put the taint on a node", "node", node, "taint", taintWords, "reason", found.Reason, "leftovers", found.Message)
-		c.events.Eventf(nodeReference(node), nil, corev1.EventTypeWarning, "NodeTainted", "Taint", "%s",
-			clip("taint "+taintWords+" keeps new pods away, because one could be given an address that is still in use here: "+found.Message, maxEventNote))
+		// Not what is left: Events about one node are one series, with the words of the first.
+		c.events.Eventf(nodeReference(node), nil, corev1.EventTypeWarning, "NodeTainted", "Taint",
+			"taint %s keeps new pods away, because one could be given an address that is still in use here: see the condition %s", taintWords, sandbox.OrphanedCondition)
 		return
 	}
 	why := "nothing is reported to be left over any more"

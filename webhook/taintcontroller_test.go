@@ -123,7 +123,7 @@ func (c *taintTest) expect(t *testing.T, event string, taints ...corev1.Taint) {
 
 const (
 	nodeTainted = "Warning NodeTainted taint eni-guard.io/orphaned-sandbox:NoSchedule keeps new pods away, because one could be given " +
-		"an address that is still in use here: sandbox 0123456789abc of pod shop/web-0 is left"
+		"an address that is still in use here: see the condition OrphanedSandbox"
 	nodeUntainted  = "Normal NodeUntainted taint eni-guard.io/orphaned-sandbox:NoSchedule is taken away: nothing is reported to be left over any more"
 	nodeNotTainted = "Normal NodeUntainted taint eni-guard.io/orphaned-sandbox:NoSchedule is taken away: the guard puts no taints on nodes any more"
 )

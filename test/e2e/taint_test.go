@@ -27,7 +27,7 @@ const othersTaint = "example.com/mine"
 
 // taintsAGhost says of a node that has no agent that something is left over there, and that it is not.
 func taintsAGhost(t *testing.T, node string) {
-	awaitNodeEvent(t, node, "NodeTainted", "keeps new pods away, because one could be given an address that is still in use here: the test says so")
+	awaitNodeEvent(t, node, "NodeTainted", "keeps new pods away, because one could be given an address that is still in use here: see the condition OrphanedSandbox")
 	setOrphaned(t, node, corev1.ConditionFalse)
 	awaitTaint(t, node, false)
 	awaitNodeEvent(t, node, "NodeUntainted", "nothing is reported to be left over any more")
