@@ -44,6 +44,11 @@ func listAddresses(buffer []byte) (assigned []assignment, err error) {
 	if err := unix.SetsockoptTimeval(socket, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &timeout); err != nil {
 		return nil, err
 	}
+	return listOn(socket, buffer)
+}
+
+// listOn does so on a netlink socket.
+func listOn(socket int, buffer []byte) (assigned []assignment, err error) {
 	request := make([]byte, unix.SizeofNlMsghdr+unix.SizeofIfAddrmsg)
 	binary.NativeEndian.PutUint32(request[0:], uint32(len(request))) //nolint:gosec // 24
 	binary.NativeEndian.PutUint16(request[4:], unix.RTM_GETADDR)
@@ -53,12 +58,16 @@ func listAddresses(buffer []byte) (assigned []assignment, err error) {
 	}
 	names := map[uint32]string{}
 	for {
-		n, _, err := unix.Recvfrom(socket, buffer, 0)
+		n, from, err := unix.Recvfrom(socket, buffer, 0)
 		if errors.Is(err, unix.EINTR) {
 			continue
 		}
 		if err != nil {
 			return nil, err
+		}
+		// What is in the namespace may send something too, if it has NET_ADMIN there. The kernel has port 0.
+		if sender, ok := from.(*unix.SockaddrNetlink); !ok || sender.Pid != 0 {
+			continue
 		}
 		some, done, err := readDump(buffer[:n], names)
 		if err != nil {
