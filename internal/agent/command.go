@@ -18,7 +18,6 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
-	"k8s.io/apimachinery/pkg/util/wait"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/kubernetes/scheme"
 	"k8s.io/client-go/tools/events"
@@ -197,18 +196,16 @@ func (o options) sweeping(client kubernetes.Interface, pods *nodePods, inspector
 		}
 		gone := make(chan struct{}, 1)
 		// The API server may be away for as long as it likes.
-		waiting, begin := context.WithCancel(ctx)
-		defer begin()
-		go wait.UntilWithContext(waiting, s.look, sweepEvery)
-		if err := pods.watch(ctx, func() {
-			select {
-			case gone <- struct{}{}:
-			default:
-			}
+		if err := s.lookUntil(ctx, func() error {
+			return pods.watch(ctx, func() {
+				select {
+				case gone <- struct{}{}:
+				default:
+				}
+			})
 		}); err != nil {
 			return nil // the agent was told to end
 		}
-		begin()
 		s.run(ctx, gone)
 		return nil
 	}

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"k8s.io/apimachinery/pkg/util/validation"
 
 	"github.com/eni-guard/eni-guard/internal/exitstatus"
 	"github.com/eni-guard/eni-guard/internal/sandbox"
@@ -124,10 +125,14 @@ func nextStep(ctx context.Context, socket string, failures []string) string {
 		return afterDialing(socket, err, existing(likelyCRISockets))
 	}
 	_ = conn.Close()
-	if slices.ContainsFunc(failures, func(failure string) bool { return strings.Contains(failure, coveredNamespace) }) {
-		return afterUncovering
-	}
 	if !slices.ContainsFunc(failures, runtimeIsSilent) {
+		for _, failure := range failures {
+			for of, step := range map[string]string{coveredNamespace: afterUncovering, notFollowing: afterUnmounting} {
+				if strings.Contains(failure, of) {
+					return step
+				}
+			}
+		}
 		return ""
 	}
 	name, _ := os.ReadFile(fmt.Sprintf("/proc/%d/comm", listener))
@@ -135,8 +140,11 @@ func nextStep(ctx context.Context, socket string, failures []string) string {
 		silentRuntime, listener, strings.TrimSpace(string(name)), socket, listener)
 }
 
-const afterUncovering = "look at what covers it with `findmnt` on the node, and unmount that if it is not meant to be there; an agent that started under it " +
-	"sees the namespace when its pod has been started anew"
+const (
+	afterUncovering = "look at what covers it with `findmnt` on the node, and unmount that if it is not meant to be there; an agent that started under it " +
+		"sees the namespace when its pod has been started anew"
+	afterUnmounting = "delete the agent's pod, so that the next one is given " + netnsDir + " as it is now; if that has the same, the pod is not as the chart makes it"
+)
 
 const silentRuntime = "the runtime does not answer; it can be started again while pods run. Before that, look at its log"
 
@@ -224,7 +232,7 @@ func (o inspectOptions) validate(given func(flag string) bool) (inspectQuestion,
 	case o.pod != "":
 		var found bool
 		q.pod.Namespace, q.pod.Name, found = strings.Cut(o.pod, "/")
-		if !found || q.pod.Namespace == "" || q.pod.Name == "" || strings.Contains(q.pod.Name, "/") {
+		if !found || len(validation.IsDNS1123Label(q.pod.Namespace))+len(validation.IsDNS1123Subdomain(q.pod.Name)) > 0 {
 			return q, fmt.Errorf("--pod %q is not NAMESPACE/NAME%s", o.pod, meant(o.pod, "--pod"))
 		}
 	case o.uid != "":
@@ -266,6 +274,7 @@ func meant(value, given string) string {
 	port, notPort := netip.ParseAddrPort(better)
 	uid, ofCgroup := podOfCgroup(filepath.Base(better))
 	namespace, name, cut := strings.Cut(better, "/")
+	_, noHost := netip.ParseAddr(namespace)
 	switch {
 	case notAddress == nil:
 		flag, better = "--ip", address.String()
@@ -273,6 +282,8 @@ func meant(value, given string) string {
 		flag, better = "--ip", network.Addr().String()
 	case notPort == nil:
 		flag, better = "--ip", port.Addr().String()
+	case cut && noHost == nil: // with the length of a prefix that it cannot have
+		flag, better = "--ip", namespace
 	case fullUID(strings.ToLower(better)):
 		flag, better = "--uid", strings.ToLower(better)
 	case ofCgroup:
@@ -385,20 +396,31 @@ func (i *Inspector) reports(ctx context.Context, pods []sandbox.Pod) answer {
 		return a
 	}
 	// Without its record and its processes nothing leads from a pod to its namespace, unless somebody knows the address.
-	for _, t := range i.surveyInTime(ctx).traces() {
-		if t.mayBeOfAPod() {
-			a.Verdict = sandbox.Unknown
-			a.Failures = append(a.Failures, fmt.Sprintf("%s is nobody's, and may be what is left of the pod: ask with --ip and its address, or look at --all", t.Findings[0].Netns))
-			break
+	s := i.surveyInTime(ctx)
+	for n := range s.probes {
+		if s.probes[n].Name == sandbox.ProbeNetns {
+			why := append(nobodys(s.traces()), s.probes[n].Error)
+			s.probes[n].Error = strings.Join(slices.DeleteFunc(why, func(text string) bool { return text == "" }), "; ")
+		}
+	}
+	if a.Failures = s.failures(); len(a.Failures) > 0 {
+		a.Verdict = sandbox.Unknown
+		for n := range a.Reports {
+			a.Reports[n].Probes = s.probes
 		}
 	}
 	return a
 }
 
-// mayBeOfAPod says whether a trace is of a namespace that is nobody's, but could be what is left of a pod: a runtime has made it, or it has
-// lost its mount, if it had one, and has an address.
-func (t Trace) mayBeOfAPod() bool {
-	return t.Pod.UID == "" && (t.madeByARuntime || !t.mounted && len(t.addresses) > 0)
+// nobodys says which of the traces are of namespaces that are nobody's, but could be what is left of a pod.
+func nobodys(traces []Trace) []string {
+	var found []string
+	for _, t := range traces {
+		if t.Pod.UID == "" && (t.madeByARuntime || t.led) {
+			found = append(found, fmt.Sprintf("%s is nobody's, and may be what is left of the pod: ask with --ip and its address, or look at --all", t.Findings[0].Netns))
+		}
+	}
+	return found
 }
 
 // surveyInTime looks at the whole node, and leaves half of the time: a runtime that hangs must not keep what was found from being

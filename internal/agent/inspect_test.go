@@ -127,6 +127,9 @@ func TestInspectNamesWhatIsWrong(t *testing.T) {
 		"--ip=10.0.0.1 --ip=10.0.0.2":          `invalid argument "10.0.0.2" for "--ip" flag: it is given twice, after "10.0.0.1"`,
 		"--uid=" + podUID + " --uid=" + podUID: "it is given twice",
 		"--pod=a/b --pod=a/c":                  "it is given twice",
+		"--ip=10.0.0.5/33":                     `is not an address; did you mean --ip 10.0.0.5?`,
+		"--pod=Shop/web-0":                     `--pod "Shop/web-0" is not NAMESPACE/NAME`,
+		"--pod=shop/Web_0":                     `--pod "shop/Web_0" is not NAMESPACE/NAME`,
 
 		// As other commands print them.
 		"10.0.0.5:8080":                    `"10.0.0.5:8080" is no flag; did you mean --ip 10.0.0.5?`,
@@ -469,5 +472,8 @@ func TestTheNextStepWithARuntimeThatHangs(t *testing.T) {
 	}
 	if got := nextStep(t.Context(), socket, []string{"network namespace /run/netns/x: it is mounted at /run/netns/x, but " + coveredNamespace}); got != afterUncovering {
 		t.Errorf("of a namespace that is covered: %q", got)
+	}
+	if got := nextStep(t.Context(), socket, []string{"the node's /run/netns " + notFollowing}); got != afterUnmounting {
+		t.Errorf("of a directory that was unmounted: %q", got)
 	}
 }

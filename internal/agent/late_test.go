@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -11,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vishvananda/netlink"
 	corev1 "k8s.io/api/core/v1"
 
 	"github.com/eni-guard/eni-guard/internal/sandbox"
@@ -118,21 +120,128 @@ func TestInspectOfAPodWhoseNamespaceIsNobodys(t *testing.T) {
 	if a := newInspector("node-a", h.Host, fakeRuntime(knowsNothing)).reports(t.Context(), []sandbox.Pod{{UID: podUID}}); a.Verdict != sandbox.Released || len(a.Failures) > 0 {
 		t.Errorf("%s: %q", a.Verdict, a.Failures)
 	}
-	// One that a process alone keeps has lost its mount, and the process has left the pod's cgroup. Without an address it is of no matter.
-	for _, test := range []struct {
-		addresses []netip.Addr
-		want      sandbox.Verdict
-	}{{[]netip.Addr{testAddress}, sandbox.Unknown}, {nil, sandbox.Released}} {
-		cmd := exec.CommandContext(t.Context(), "sleep", "600")
-		id := inNamespace(t, cmd, test.addresses...)
-		h := lookable(t)
-		h.group("kubepods/pod" + otherUID)
-		h.symlink(fmt.Sprintf("%d/ns/net", pid), id)
-		h.symlink(fmt.Sprintf("%d/task/%d/ns/net", pid, pid), realNode.task(cmd.Process.Pid, cmd.Process.Pid, "ns/net"))
-		a := newInspector("node-a", h.Host, fakeRuntime(knowsNothing)).reports(t.Context(), []sandbox.Pod{{UID: podUID}})
-		if a.Verdict != test.want || test.want == sandbox.Unknown && (len(a.Failures) != 1 || !strings.Contains(a.Failures[0], id+" is nobody's")) {
-			t.Errorf("with addresses %v: %s: %q", test.addresses, a.Verdict, a.Failures)
+	// One that a process alone keeps has lost its mount, and the process has left the pod's cgroup. Other programs have such ones too, but
+	// the host does not lead to them.
+	cmd := exec.CommandContext(t.Context(), "sleep", "600")
+	id := inNamespace(t, cmd, testAddress)
+	h = lookable(t)
+	h.group("kubepods/pod" + otherUID)
+	h.inNamespaceOf(cmd.Process.Pid)
+	i := newInspector("node-a", h.Host, fakeRuntime(knowsNothing))
+	if a := i.reports(t.Context(), []sandbox.Pod{{UID: podUID}}); a.Verdict != sandbox.Released || len(a.Failures) > 0 {
+		t.Errorf("without a route: %s: %q", a.Verdict, a.Failures)
+	}
+	routeTo(t, testAddress)
+	if a := i.reports(t.Context(), []sandbox.Pod{{UID: podUID}}); a.Verdict != sandbox.Unknown || len(a.Failures) != 1 || !strings.Contains(a.Failures[0], id+" is nobody's") {
+		t.Errorf("with a route: %s: %q", a.Verdict, a.Failures)
+	} else if a.Reports[0].Verdict() != sandbox.Unknown {
+		t.Errorf("the report says %s", a.Reports[0].Verdict())
+	}
+}
+
+// Who has found nothing of a pod, and then cannot look for what is nobody's, does not know that nothing is left.
+func TestInspectOfAPodWhoseSecondLookFails(t *testing.T) {
+	h := lookable(t)
+	h.group("kubepods/pod" + otherUID)
+	i := newInspector("node-a", h.Host, fakeRuntime(func(_ context.Context, uid string) (podRecords, error) {
+		if uid == "" { // all pods
+			return podRecords{}, errors.New("down")
 		}
+		return podRecords{}, nil
+	}))
+	a := i.reports(t.Context(), []sandbox.Pod{{UID: podUID}})
+	if a.Verdict != sandbox.Unknown || a.Reports[0].Verdict() != sandbox.Unknown || len(a.Failures) != 1 || !strings.Contains(a.Failures[0], "down") {
+		t.Errorf("%s: %q", a.Verdict, a.Failures)
+	}
+}
+
+// inNamespaceOf records that the process is in the network namespace of a real one.
+func (h recordedHost) inNamespaceOf(real int) {
+	h.t.Helper()
+	id, err := os.Readlink(realNode.task(real, real, "ns/net"))
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	h.symlink(fmt.Sprintf("%d/ns/net", pid), id)
+	h.symlink(fmt.Sprintf("%d/task/%d/ns/net", pid, pid), realNode.task(real, real, "ns/net"))
+}
+
+// routeTo gives the host a route to an address, until the end of the test, in a table that nothing uses.
+func routeTo(t *testing.T, address netip.Addr) {
+	t.Helper()
+	device, err := netlink.LinkByName("lo")
+	if err != nil {
+		t.Fatal(err)
+	}
+	route := &netlink.Route{LinkIndex: device.Attrs().Index, Dst: netlink.NewIPNet(address.AsSlice()), Scope: netlink.SCOPE_LINK, Table: 4711}
+	if err := netlink.RouteAdd(route); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := netlink.RouteDel(route); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// First the record of a leftover goes, and then its mount. The process that keeps it is in no cgroup of the pod: the address is all that tells
+// whose it is, by what was seen before.
+func TestALeftoverOfWhichLessAndLessIsLeft(t *testing.T) {
+	path := runtimesNamespace(t)
+	cmd := exec.CommandContext(t.Context(), "nsenter", "--net="+path, "sleep", "600")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
+	host, err := realNode.namespace("net")
+	if err != nil {
+		t.Fatal(err)
+	}
+	await(t, func() error {
+		id, err := os.Readlink(realNode.task(cmd.Process.Pid, cmd.Process.Pid, "ns/net"))
+		if err == nil && id == host {
+			err = errors.New("the process has not entered the namespace")
+		}
+		return err
+	})
+	routeTo(t, testAddress)
+	h := lookable(t, path)
+	h.group("kubepods/pod" + otherUID)
+	h.inNamespaceOf(cmd.Process.Pid)
+	pod := sandbox.Pod{Namespace: "shop", Name: "web-0", UID: podUID}
+	there := []podSandbox{{id: "s1", ready: true, pod: pod, details: details{netnsPath: path}}}
+	s := newRecordedSweeper()
+	s.inspector = newInspector("node-a", h.Host, fakeRuntime(func(context.Context, string) (podRecords, error) { return podRecords{sandboxes: there}, nil }))
+	s.pods = &podsOfTheAPIServer{}
+	since := noon
+	for _, step := range []struct {
+		name  string
+		after time.Duration
+		less  func()
+	}{
+		{"everything", 0, func() {}},
+		{"everything, after the grace time", s.grace, func() {}},
+		{"no record", s.grace + 30*time.Second, func() { there = nil }},
+		{"no mount", s.grace + time.Minute, func() { h.write(h.Proc, "thread-self/mountinfo", "") }},
+		{"no mount, later", time.Hour, func() {}},
+	} {
+		step.less()
+		s.now = func() time.Time { return noon.Add(step.after) }
+		s.sweep(t.Context())
+		if step.after == 0 {
+			continue
+		}
+		last := s.conditions[len(s.conditions)-1]
+		if last.Status != corev1.ConditionTrue || !strings.Contains(last.Message, "shop/web-0") || !strings.Contains(last.Message, "since "+since.Format(time.RFC3339)) {
+			t.Errorf("%s: %s %s", step.name, last.Status, last.Message)
+		}
+	}
+	// Who has not seen it before finds it all the same.
+	a := s.inspector.everything(t.Context(), func(context.Context) (map[string]bool, string, error) {
+		return map[string]bool{otherUID: true}, "", nil
+	})
+	if a.Verdict != sandbox.Bound || len(a.Leftovers) != 1 || a.Leftovers[0].Leftover != leftoverOfTasks || len(a.Failures) > 0 {
+		t.Errorf("got %+v", a)
 	}
 }
 

@@ -131,13 +131,13 @@ func (h Host) view(ctx context.Context, how depth) (v nodeView, processErr, netn
 			unmounted = append(unmounted, netNamespace{id: id, tasks: in})
 		}
 	}
-	v.namespaces, enterErr = h.covered(v.namespaces, how, enterErr)
-	again := slices.DeleteFunc(slices.Clone(v.namespaces), func(n netNamespace) bool { return !gone(n.unread) || len(n.tasks) == 0 })
+	lost := slices.DeleteFunc(slices.Clone(v.namespaces), func(n netNamespace) bool { return !gone(n.unread) })
 	v.namespaces = slices.DeleteFunc(v.namespaces, func(n netNamespace) bool { return gone(n.unread) })
-	unmounted = append(unmounted, again...) // the mount has gone, the task has not
-	unmounted, listErr, readErr := h.readOccupied(ctx, unmounted)
-	processErr, enterErr = errors.Join(processErr, listErr), errors.Join(enterErr, readErr)
-	v.namespaces = append(v.namespaces, unmounted...)
+	if how == thorough {
+		found, listErr, readErr := h.follow(ctx, slices.Concat(unmounted, lost))
+		v.namespaces = append(v.namespaces, found...)
+		processErr, enterErr = errors.Join(processErr, listErr), errors.Join(enterErr, readErr)
+	}
 	slices.SortFunc(v.namespaces, func(a, b netNamespace) int { return strings.Compare(a.name(), b.name()) })
 	unread := []error{enterErr}
 	for _, n := range v.namespaces {
@@ -148,8 +148,18 @@ func (h Host) view(ctx context.Context, how depth) (v nodeView, processErr, netn
 	return v, processErr, errors.Join(unread...)
 }
 
-// readOccupied reads the addresses in namespaces that tasks are in, and returns those that have not ended. That all the tasks that were
-// listed for one have ended says nothing of those that they have left in it, children or threads: these are looked for once more.
+// follow reads the addresses in namespaces that tasks are in, or that have lost their mount since they were seen, and returns those that
+// have not ended.
+func (h Host) follow(ctx context.Context, namespaces []netNamespace) (left []netNamespace, processErr, err error) {
+	left, processErr, err = h.readOccupied(ctx, slices.Clone(namespaces))
+	covered, mountErr := h.covered(slices.DeleteFunc(namespaces, func(n netNamespace) bool {
+		return slices.ContainsFunc(left, func(l netNamespace) bool { return l.id == n.id })
+	}))
+	return append(left, covered...), processErr, errors.Join(err, mountErr)
+}
+
+// readOccupied does that with those that tasks are in. That all the tasks that were listed for one have ended says nothing of those that
+// they have left in it, children or threads: these are looked for once more.
 func (h Host) readOccupied(ctx context.Context, namespaces []netNamespace) (left []netNamespace, processErr, err error) {
 	err = h.readAddresses(ctx, namespaces)
 	ended := func(n netNamespace) bool { return gone(n.unread) }
@@ -174,20 +184,22 @@ func (h Host) readOccupied(ctx context.Context, namespaces []netNamespace) (left
 
 const coveredNamespace = "something else covers it"
 
-// covered finds those of the mounted namespaces that could not be entered, and are mounted all the same: something else is mounted
-// over them, so that their path leads elsewhere; or was over all of /run/netns when this container was given it. Those have not ended.
-func (h Host) covered(namespaces []netNamespace, how depth, err error) ([]netNamespace, error) {
-	if how == quick || !slices.ContainsFunc(namespaces, func(n netNamespace) bool { return gone(n.unread) }) {
-		return namespaces, err
+// covered returns those of the namespaces that could not be entered, nor by what was in them, and are mounted all the same: something else is
+// mounted over them, so that their path leads elsewhere; or was over all of /run/netns when this container was given it; or they have just
+// been mounted. Those have not ended.
+func (h Host) covered(lost []netNamespace) ([]netNamespace, error) {
+	if len(lost) == 0 {
+		return nil, nil
 	}
-	mounts, listErr := h.mountedNamespaces()
-	for i := range namespaces {
-		n := &namespaces[i]
-		if paths := mounts[n.id]; gone(n.unread) && len(paths) > 0 && len(n.tasks) == 0 {
-			n.unread = fmt.Errorf("it is mounted at %s, but %s, or did when the agent started", paths[0], coveredNamespace)
+	mounts, err := h.mountedNamespaces()
+	var found []netNamespace
+	for _, n := range lost {
+		if paths := mounts[n.id]; len(paths) > 0 {
+			unread := fmt.Errorf("it is mounted at %s, but %s, or did when the agent started", paths[0], coveredNamespace)
+			found = append(found, netNamespace{id: n.id, paths: paths, unread: unread})
 		}
 	}
-	return namespaces, errors.Join(err, listErr)
+	return found, err
 }
 
 // runtimesNamespaces returns the network namespaces that are mounted in the directory of the runtimes, from net:[INODE] to path.
@@ -254,7 +266,7 @@ func (h Host) mountedNamespaces() (map[string][]string, error) {
 		return nil, err
 	}
 	if own != host && !slices.ContainsFunc(mounts, receivesNamespaces) {
-		return nil, fmt.Errorf("the node's %s is not mounted here with propagation from the host (mountPropagation: HostToContainer)", netnsDir)
+		return nil, fmt.Errorf("the node's %s %s (mountPropagation: HostToContainer), or has been unmounted there since", netnsDir, notFollowing)
 	}
 	if h.Proc == "/proc" && os.Getpid() == 1 {
 		// Then process 1, which stands for the host above, is this process itself.
@@ -282,6 +294,8 @@ func (h Host) mounts(process string, filter mountinfo.FilterFunc) ([]*mountinfo.
 	}
 	return mounts, nil
 }
+
+const notFollowing = "is not mounted here with propagation from the host"
 
 // receivesNamespaces says whether m is the node's /run/netns, as a mount that follows the host's: "shared:N" or
 // "master:N" in its optional fields (man 5 proc_pid_mountinfo).

@@ -9,6 +9,7 @@ import (
 	"io"
 	"io/fs"
 	"maps"
+	"net"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -212,6 +213,33 @@ func TestANamespaceThatWasCoveredWhenTheAgentStarted(t *testing.T) {
 	}
 	if _, _, err := h.view(t.Context(), thorough); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("got %v", err)
+	}
+}
+
+// Between the looks at a namespace, what was in it has ended, and something else is mounted over it, or it has been mounted.
+func TestWhatIsInANamespaceEndsMeanwhile(t *testing.T) {
+	const path, id = "/run/netns/eni-guard-test-covered", "net:[7]"
+	h := lookable(t)
+	h.write(h.Proc, "thread-self/mountinfo", fmt.Sprintf("36 35 0:4 %s %s rw shared:1 - nsfs nsfs rw\n", id, path))
+	for name, seen := range map[string]netNamespace{
+		"mounted, with a process": {id: id, paths: []string{path}, tasks: leaders([]int{999}), unread: fs.ErrNotExist},
+		"mounted":                 {id: id, paths: []string{path}, unread: fs.ErrNotExist},
+		"with a process":          {id: id, tasks: leaders([]int{999})},
+	} {
+		left, processErr, err := h.follow(t.Context(), []netNamespace{seen})
+		if len(left) != 1 || left[0].unread == nil || !strings.Contains(left[0].unread.Error(), coveredNamespace) || processErr != nil || err != nil {
+			t.Errorf("%s: got %+v, %v, %v", name, left, processErr, err)
+		}
+	}
+	ended := []netNamespace{{id: "net:[8]", tasks: leaders([]int{999})}}
+	if left, processErr, err := h.follow(t.Context(), ended); len(left) > 0 || processErr != nil || err != nil {
+		t.Errorf("ended: got %+v, %v, %v", left, processErr, err)
+	}
+	if err := os.Remove(filepath.Join(h.Proc, "thread-self/mountinfo")); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := h.follow(t.Context(), ended); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("when the mounts cannot be read: got %v", err)
 	}
 }
 
@@ -672,6 +700,15 @@ func TestReadDump(t *testing.T) {
 		{"something has changed, as the last message says", slices.Concat(dumpedAddress(unix.NLM_F_MULTI), dumped(unix.NLMSG_DONE, interrupted, 0, 0, 0, 0)), nil, false, netlink.ErrDumpInterrupted},
 		{"the kernel refuses", dumped(unix.NLMSG_ERROR, 0, binary.NativeEndian.AppendUint32(nil, ^uint32(unix.EPERM)+1)...), nil, false, unix.EPERM},
 		{"cut off", append(dumpedAddress(unix.NLM_F_MULTI), done[:18]...), nil, false, errCutOff},
+		{"a message without its end", dumpedAddress(0)[:40], nil, false, errCutOff},
+		{"a message shorter than its head", append([]byte{15, 0, 0, 0}, make([]byte, 12)...), nil, false, errCutOff},
+		{"less than a head", done[:15], nil, false, errCutOff},
+		{"an end without its error number", dumped(unix.NLMSG_DONE, 0, 0, 0, 0), nil, false, errCutOff},
+		{"an address without its head", dumped(unix.RTM_NEWADDR, 0, make([]byte, 7)...), nil, false, errCutOff},
+		{"less than the head of an attribute", dumped(unix.RTM_NEWADDR, 0, make([]byte, 11)...), nil, false, errCutOff},
+		{"an attribute shorter than its head", dumpedOnEth0(0, []byte{3, 0, 2, 0}), nil, false, errCutOff},
+		{"an attribute without its end", dumpedOnEth0(0, []byte{0xff, 0, 2, 0}), nil, false, errCutOff},
+		{"padding that is missing at the end", dumped(unix.RTM_NEWADDR, 0, append(make([]byte, 8), append(attribute(unix.IFA_LOCAL, testAddress.AsSlice()...), 5, 0, 3, 0, 'x')...)...), []assignment{{testAddress, "x"}}, false, nil},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			got, done, err := readDump(test.part, map[uint32]string{})
@@ -679,6 +716,40 @@ func TestReadDump(t *testing.T) {
 				t.Errorf("got %v, %v, %v", got, done, err)
 			}
 		})
+	}
+}
+
+// What is in a namespace may send messages as the kernel does, if it is root there. Only the kernel's count.
+func TestOnlyTheKernelIsBelieved(t *testing.T) {
+	requireRoot(t)
+	sockets := [2]int{}
+	for i := range sockets {
+		socket, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_ROUTE)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = unix.Close(socket) })
+		if err := unix.Bind(socket, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+			t.Fatal(err)
+		}
+		sockets[i] = socket
+	}
+	to, err := unix.Getsockname(sockets[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Sendto(sockets[1], dumped(unix.NLMSG_DONE, unix.NLM_F_MULTI, 0, 0, 0, 0), 0, to); err != nil {
+		t.Fatal(err)
+	}
+	addresses, err := net.InterfaceAddrs()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !slices.ContainsFunc(addresses, func(a net.Addr) bool { ip := a.(*net.IPNet).IP; return !ip.IsLoopback() && !ip.IsLinkLocalUnicast() }) {
+		t.Fatal("this test needs a machine with an address")
+	}
+	if assigned, err := listOn(sockets[0], make([]byte, dumpSize)); err != nil || len(assigned) == 0 {
+		t.Errorf("got %v (%v)", assigned, err)
 	}
 }
 

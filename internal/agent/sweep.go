@@ -15,6 +15,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/util/wait"
 	"k8s.io/client-go/tools/events"
 
 	"github.com/eni-guard/eni-guard/internal/sandbox"
@@ -74,7 +75,7 @@ type sweeper struct {
 	now     func() time.Time
 
 	seen        map[string]time.Time   // by key of the trace: the first look it was seen in
-	names       map[string]sandbox.Pod // by UID and by path of the namespace: pods that the runtime had a sandbox of
+	names       map[string]sandbox.Pod // by UID, and by path and address of the namespace: pods that the runtime had a sandbox of
 	blindSince  time.Time              // the first of the last looks that were not complete
 	condition   corev1.NodeCondition   // as written last, or taken over
 	conditionAt time.Time
@@ -102,14 +103,19 @@ func (s *sweeper) run(ctx context.Context, podGone <-chan struct{}) {
 	}
 }
 
-// look tells by the metrics whether the probes can look everywhere, and no more: for as long as the API server has not said which pods there
-// are, nothing can be told to be left over.
-func (s *sweeper) look(ctx context.Context) {
-	look, cancel := context.WithTimeout(ctx, sweepTimeout/2)
+// lookUntil tells by the metrics whether the probes can look everywhere, and no more, until known returns: for as long as the API server has
+// not said which pods there are, nothing can be told to be left over.
+func (s *sweeper) lookUntil(ctx context.Context, known func() error) error {
+	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	if survey := s.inspector.survey(look); ctx.Err() == nil {
-		s.metrics.probes(survey.probes)
-	}
+	go wait.UntilWithContext(ctx, func(ctx context.Context) {
+		look, cancel := context.WithTimeout(ctx, sweepTimeout/2)
+		defer cancel()
+		if survey := s.inspector.survey(look); ctx.Err() == nil {
+			s.metrics.probes(survey.probes)
+		}
+	}, sweepEvery)
+	return known()
 }
 
 // takeOver remembers since when the agent before this one has seen what it has told of. It counts only for what is found.
@@ -165,34 +171,67 @@ func (s *sweeper) sweep(ctx context.Context) time.Duration {
 }
 
 // name gives pods their names by which the runtime knew them at an earlier look: what it has forgotten, or cannot tell at the
-// moment, is found by UID or by path alone.
+// moment, is found by UID or by path alone; and by address where the mount has gone too. (What is mounted may be a sandbox in the making,
+// which has been given the address of one that is gone.)
 func (s *sweeper) name(records podRecords, found []Trace) {
 	names := map[string]sandbox.Pod{}
 	for _, r := range records.sandboxes {
-		if r.netnsPath != "" {
-			names[r.pod.UID], names[r.netnsPath] = r.pod, r.pod
+		if r.netnsPath == "" {
+			continue
+		}
+		names[r.pod.UID], names[r.netnsPath] = r.pod, r.pod
+		for _, ip := range r.ips {
+			names[ip.String()] = r.pod
 		}
 	}
 	for i := range found {
 		t := &found[i]
 		keys := []string{t.Pod.UID}
+		var addresses []string
 		for _, f := range t.Findings {
 			keys = append(keys, f.Netns)
+			if f.IP.IsValid() {
+				addresses = append(addresses, f.IP.String())
+			}
 		}
-		for _, key := range keys {
+		by := keys
+		if t.led {
+			by = slices.Concat(keys, addresses)
+		}
+		for _, key := range by {
 			if pod, known := s.names[key]; known && t.Pod.Name == "" {
 				t.Pod = pod
 				// The same leftover, of which less is left: it has been there since it was first seen.
 				if !s.pods.known(pod.UID) {
+					s.rekey(t.key, pod.UID)
 					t.key = pod.UID
 				}
 			}
+		}
+		for _, key := range slices.Concat(keys, addresses) {
 			if t.Pod.UID != "" && key != "" {
 				names[key] = t.Pod
 			}
 		}
 	}
 	s.names = names
+}
+
+// rekey keeps since when a leftover has been seen, and that it has been told of, where its key changes because its pod has gone. Else it would
+// be told to be gone, and be no leftover for the grace time, just when its address counts as free.
+func (s *sweeper) rekey(from, to string) {
+	if since, seen := s.seen[from]; seen {
+		if earlier, known := s.seen[to]; !known || since.Before(earlier) {
+			s.seen[to] = since
+		}
+	}
+	if l, told := s.told[from]; told {
+		if _, known := s.told[to]; !known {
+			l.key = to
+			s.told[to] = l
+		}
+		delete(s.told, from)
+	}
 }
 
 // due remembers what was found, and returns what has been there for the grace time, the oldest first, and after which time to
@@ -287,24 +326,27 @@ func (s *sweeper) tell(due []leftover) {
 			continue
 		}
 		s.log.Info("leftover found", "namespace", l.Pod.Namespace, "pod", l.Pod.Name, "podUID", l.Pod.UID, "because", l.Leftover, "since", l.since, "evidence", words(l.Trace))
-		s.events.Eventf(s.node(), podReference(l.Pod), corev1.EventTypeWarning, "LeftoverFound", "Sweep", "%s", clip(l.String()))
+		s.events.Eventf(s.node(), s.reference(l.Trace), corev1.EventTypeWarning, "LeftoverFound", "Sweep", "%s", clip(l.String()))
 	}
 	for key, l := range s.told {
 		if _, left := now[key]; left {
 			continue
 		}
 		s.log.Info("leftover gone", "namespace", l.Pod.Namespace, "pod", l.Pod.Name, "podUID", l.Pod.UID, "since", l.since)
-		s.events.Eventf(s.node(), podReference(l.Pod), corev1.EventTypeNormal, "LeftoverGone", "Sweep", "nothing is left of %s any more", who(l.Trace))
+		s.events.Eventf(s.node(), s.reference(l.Trace), corev1.EventTypeNormal, "LeftoverGone", "Sweep", "nothing is left of %s any more", who(l.Trace))
 	}
 	s.told = now
 }
 
-// podReference names a pod, of which the API server may have no object any more, as the other party of an Event.
-func podReference(pod sandbox.Pod) *corev1.ObjectReference {
-	if pod.Name == "" {
-		return nil
+// reference names what a trace is of as the other party of an Event: its pod, of which the API server may have no object any more, or, where
+// no pod is known, its network namespace as a part of the node. Events that differ in no party are one series, with the words of the first.
+func (s *sweeper) reference(t Trace) *corev1.ObjectReference {
+	if t.Pod.Name == "" {
+		part := s.node()
+		part.FieldPath = t.key
+		return part
 	}
-	return &corev1.ObjectReference{APIVersion: "v1", Kind: "Pod", Namespace: pod.Namespace, Name: pod.Name, UID: types.UID(pod.UID)}
+	return &corev1.ObjectReference{APIVersion: "v1", Kind: "Pod", Namespace: t.Pod.Namespace, Name: t.Pod.Name, UID: types.UID(t.Pod.UID)}
 }
 
 // tellShared says by an Event and in the log that an address has come to be there twice. A look that was not complete forgets none.
@@ -322,7 +364,7 @@ func (s *sweeper) tellShared(shared []SharedAddress, complete bool) {
 		}
 		note := fmt.Sprintf("address %s is there %d times: %s", text, len(holders), strings.Join(holders, "; "))
 		s.log.Info("address conflict", "address", text, "holders", holders)
-		s.events.Eventf(s.node(), podReference(address.Holders[0].Pod), corev1.EventTypeWarning, "AddressConflict", "Sweep", "%s", clip(note))
+		s.events.Eventf(s.node(), s.reference(address.Holders[0]), corev1.EventTypeWarning, "AddressConflict", "Sweep", "%s", clip(note))
 	}
 	if !complete {
 		now = append(now, slices.DeleteFunc(s.shared, func(text string) bool { return slices.Contains(now, text) })...)
@@ -355,10 +397,14 @@ func leftoverCondition(now time.Time, due []leftover, remarks ...string) corev1.
 	return c
 }
 
-// who names the pod of a trace.
+// who names the pod of a trace, or its network namespace.
 func who(t Trace) string {
 	if t.Pod.UID == "" {
-		return "no pod that is known"
+		for _, f := range t.Findings {
+			if f.Netns != "" {
+				return "network namespace " + f.Netns + ", of no pod that is known"
+			}
+		}
 	}
 	return "pod " + t.Pod.String()
 }

@@ -411,3 +411,35 @@ func TestAPodThatGoesWakesTheSweeper(t *testing.T) {
 		<-ended
 	})
 }
+
+// A namespace whose record is gone is a leftover while its pod lives, and stays the same one when the pod goes.
+func TestALeftoverOfALivingPodStaysOneWhenThePodGoes(t *testing.T) {
+	s := newRecordedSweeper()
+	pods := &podsOfTheAPIServer{cached: map[string]bool{podUID: true}}
+	s.pods = pods
+	pod := sandbox.Pod{Namespace: "shop", Name: "web-0", UID: podUID}
+	records := podRecords{sandboxes: []podSandbox{{pod: pod, details: details{netnsPath: "/run/netns/cni-1"}}}}
+	s.name(records, nil)
+	look := func(after time.Duration) []leftover {
+		found := []Trace{{key: "net:[1] /run/netns/cni-1", Findings: []sandbox.Finding{{Kind: sandbox.NetnsOpen, Netns: "/run/netns/cni-1"}}}}
+		s.name(podRecords{}, found)
+		due, _ := s.due(noon.Add(after), found, true)
+		s.sweeper.tell(due)
+		return due
+	}
+	look(0)
+	if due := look(2 * time.Minute); len(due) != 1 {
+		t.Fatalf("while the pod lives: %d leftovers", len(due))
+	}
+	if got := s.told(); !slices.Equal(got, []string{"Warning LeftoverFound"}) {
+		t.Errorf("while the pod lives: Events %q", got)
+	}
+	pods.cached = nil
+	due := look(2*time.Minute + time.Second)
+	if len(due) != 1 || !due[0].since.Equal(noon) {
+		t.Errorf("when the pod has gone: %v", due)
+	}
+	if got := s.told(); len(got) > 0 {
+		t.Errorf("when the pod has gone: Events %q", got)
+	}
+}
