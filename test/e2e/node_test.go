@@ -483,13 +483,36 @@ func TestAnAddressThatIsThereTwice(t *testing.T) {
 	awaitInspection(t, "the address to be found once", func() inspection { return inspect(t, "--ip="+pod.Status.PodIP) }, func(found inspection) bool {
 		return len(found.Holders) == 1 && found.Holders[0].Pod.UID == string(pod.UID)
 	})
+
+	// Where it is another pod's namespace that has it too, that is no leftover of this one: both are named.
+	next := sleeper(t, pod.Namespace, "web-2", nil)
+	ns, err := netns.GetFromPath(namespaceFile(t, mainProcess(t, next, "sleep").PID))
+	wentThrough(t, err)
+	defer ns.Close()
+	inside, err := netlink.NewHandleAt(ns)
+	wentThrough(t, err)
+	defer inside.Close()
+	link, err := inside.LinkByName("lo")
+	wentThrough(t, err)
+	addr, err := netlink.ParseAddr(pod.Status.PodIP + "/32")
+	wentThrough(t, err)
+	wentThrough(t, inside.AddrAdd(link, addr))
+	conflict := awaitInspection(t, "the other pod to be named", func() inspection { return inspect(t, "--uid="+string(pod.UID)) }, func(found inspection) bool {
+		return len(found.Reports) == 1 && len(found.Reports[0].Conflicts) == 1
+	}).Reports[0].Conflicts[0]
+	if conflict.IP != pod.Status.PodIP || conflict.Pod.Name != next.Name || conflict.Pod.UID != string(next.UID) {
+		t.Errorf("got %+v", conflict)
+	}
+	refused(t, forceDelete(t, pod), "address "+pod.Status.PodIP+" is also in network namespace ", next.Name)
+	wentThrough(t, inside.AddrDel(link, addr))
 }
 
 // An agent that starts while something is mounted over all of /run/netns has none of the namespaces below it in its own mount table. It
 // does not take them for gone.
 func TestANamespaceThatWasCoveredWhenTheAgentStarted(t *testing.T) {
 	ns := namespace(t)
-	pod := sleeper(t, ns, "web-0", nil)
+	pod, done := sleeper(t, ns, "web-0", nil), finished(t, ns, nil)
+	awaitReleased(t, done)
 	const address = "10.113.200.77"
 	twin(t, address)
 	bound := func(found inspection) bool { return found.status == 1 && len(found.Holders) == 1 }
@@ -514,6 +537,9 @@ func TestANamespaceThatWasCoveredWhenTheAgentStarted(t *testing.T) {
 	}
 	refused(t, forceDelete(t, pod), "is still alive on node node-1: ")
 	kept(t, pod)
+	// What lets this one go is what its kubelet has reported, not that nothing was found.
+	wentThrough(t, forceDelete(t, done))
+	decided(t, done, "deny delete allowed unknown ContainersTerminated")
 
 	uncover()
 	if found := inspect(t, "--ip="+address); !bound(found) {
