@@ -126,12 +126,12 @@ func nextStep(ctx context.Context, socket string, failures []string) string {
 	}
 	_ = conn.Close()
 	if !slices.ContainsFunc(failures, runtimeIsSilent) {
-		for _, failure := range failures {
-			for of, step := range map[string]string{coveredNamespace: afterUncovering, notFollowing: afterUnmounting} {
-				if strings.Contains(failure, of) {
-					return step
-				}
-			}
+		all := strings.Join(failures, "; ")
+		switch {
+		case strings.Contains(all, coveredNamespace):
+			return afterUncovering
+		case strings.Contains(all, notFollowing):
+			return afterUnmounting
 		}
 		return ""
 	}
@@ -416,8 +416,8 @@ func (i *Inspector) reports(ctx context.Context, pods []sandbox.Pod) answer {
 func nobodys(traces []Trace) []string {
 	var found []string
 	for _, t := range traces {
-		if t.Pod.UID == "" && (t.madeByARuntime || t.led) {
-			found = append(found, fmt.Sprintf("%s is nobody's, and may be what is left of the pod: ask with --ip and its address, or look at --all", t.Findings[0].Netns))
+		if t.Pod.UID == "" && (t.madeByARuntime || t.unmounted && len(t.addresses) > 0) {
+			found = append(found, fmt.Sprintf("network namespace %s is nobody's, and may be what is left of the pod: ask with --ip and its address", t.Findings[0].Netns))
 		}
 	}
 	return found

@@ -8,11 +8,12 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
 
-	"github.com/vishvananda/netlink"
 	corev1 "k8s.io/api/core/v1"
 
 	"github.com/eni-guard/eni-guard/internal/sandbox"
@@ -120,22 +121,20 @@ func TestInspectOfAPodWhoseNamespaceIsNobodys(t *testing.T) {
 	if a := newInspector("node-a", h.Host, fakeRuntime(knowsNothing)).reports(t.Context(), []sandbox.Pod{{UID: podUID}}); a.Verdict != sandbox.Released || len(a.Failures) > 0 {
 		t.Errorf("%s: %q", a.Verdict, a.Failures)
 	}
-	// One that a process alone keeps has lost its mount, and the process has left the pod's cgroup. Other programs have such ones too, but
-	// the host does not lead to them.
-	cmd := exec.CommandContext(t.Context(), "sleep", "600")
-	id := inNamespace(t, cmd, testAddress)
-	h = lookable(t)
-	h.group("kubepods/pod" + otherUID)
-	h.inNamespaceOf(cmd.Process.Pid)
-	i := newInspector("node-a", h.Host, fakeRuntime(knowsNothing))
-	if a := i.reports(t.Context(), []sandbox.Pod{{UID: podUID}}); a.Verdict != sandbox.Released || len(a.Failures) > 0 {
-		t.Errorf("without a route: %s: %q", a.Verdict, a.Failures)
-	}
-	routeTo(t, testAddress)
-	if a := i.reports(t.Context(), []sandbox.Pod{{UID: podUID}}); a.Verdict != sandbox.Unknown || len(a.Failures) != 1 || !strings.Contains(a.Failures[0], id+" is nobody's") {
-		t.Errorf("with a route: %s: %q", a.Verdict, a.Failures)
-	} else if a.Reports[0].Verdict() != sandbox.Unknown {
-		t.Errorf("the report says %s", a.Reports[0].Verdict())
+	// One that a process alone keeps has lost its mount, and the process has left the pod's cgroup. Without an address it is of no matter.
+	for _, test := range []struct {
+		addresses []netip.Addr
+		want      sandbox.Verdict
+	}{{[]netip.Addr{testAddress}, sandbox.Unknown}, {nil, sandbox.Released}} {
+		cmd := exec.CommandContext(t.Context(), "sleep", "600")
+		id := inNamespace(t, cmd, test.addresses...)
+		h := lookable(t)
+		h.group("kubepods/pod" + otherUID)
+		h.inNamespaceOf(cmd.Process.Pid)
+		a := newInspector("node-a", h.Host, fakeRuntime(knowsNothing)).reports(t.Context(), []sandbox.Pod{{UID: podUID}})
+		if a.Verdict != test.want || a.Reports[0].Verdict() != test.want || test.want == sandbox.Unknown && (len(a.Failures) != 1 || !strings.Contains(a.Failures[0], id+" is nobody's")) {
+			t.Errorf("with addresses %v: %s: %q", test.addresses, a.Verdict, a.Failures)
+		}
 	}
 }
 
@@ -166,26 +165,8 @@ func (h recordedHost) inNamespaceOf(real int) {
 	h.symlink(fmt.Sprintf("%d/task/%d/ns/net", pid, pid), realNode.task(real, real, "ns/net"))
 }
 
-// routeTo gives the host a route to an address, until the end of the test, in a table that nothing uses.
-func routeTo(t *testing.T, address netip.Addr) {
-	t.Helper()
-	device, err := netlink.LinkByName("lo")
-	if err != nil {
-		t.Fatal(err)
-	}
-	route := &netlink.Route{LinkIndex: device.Attrs().Index, Dst: netlink.NewIPNet(address.AsSlice()), Scope: netlink.SCOPE_LINK, Table: 4711}
-	if err := netlink.RouteAdd(route); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := netlink.RouteDel(route); err != nil {
-			t.Error(err)
-		}
-	})
-}
-
-// First the record of a leftover goes, and then its mount. The process that keeps it is in no cgroup of the pod: the address is all that tells
-// whose it is, by what was seen before.
+// First the record of a leftover goes, and then its mount. The process that keeps it is in no cgroup of the pod: only what was seen before tells
+// whose it is.
 func TestALeftoverOfWhichLessAndLessIsLeft(t *testing.T) {
 	path := runtimesNamespace(t)
 	cmd := exec.CommandContext(t.Context(), "nsenter", "--net="+path, "sleep", "600")
@@ -204,14 +185,13 @@ func TestALeftoverOfWhichLessAndLessIsLeft(t *testing.T) {
 		}
 		return err
 	})
-	routeTo(t, testAddress)
 	h := lookable(t, path)
 	h.group("kubepods/pod" + otherUID)
 	h.inNamespaceOf(cmd.Process.Pid)
 	pod := sandbox.Pod{Namespace: "shop", Name: "web-0", UID: podUID}
-	there := []podSandbox{{id: "s1", ready: true, pod: pod, details: details{netnsPath: path}}}
+	there, down := []podSandbox{{id: "s1", ready: true, pod: pod, details: details{netnsPath: path}}}, error(nil)
 	s := newRecordedSweeper()
-	s.inspector = newInspector("node-a", h.Host, fakeRuntime(func(context.Context, string) (podRecords, error) { return podRecords{sandboxes: there}, nil }))
+	s.inspector = newInspector("node-a", h.Host, fakeRuntime(func(context.Context, string) (podRecords, error) { return podRecords{sandboxes: there}, down }))
 	s.pods = &podsOfTheAPIServer{}
 	since := noon
 	for _, step := range []struct {
@@ -222,7 +202,13 @@ func TestALeftoverOfWhichLessAndLessIsLeft(t *testing.T) {
 		{"everything", 0, func() {}},
 		{"everything, after the grace time", s.grace, func() {}},
 		{"no record", s.grace + 30*time.Second, func() { there = nil }},
+		{"no runtime", s.grace + 40*time.Second, func() { down = errors.New("down") }},
+		{"the runtime again", s.grace + 50*time.Second, func() { down = nil }},
 		{"no mount", s.grace + time.Minute, func() { h.write(h.Proc, "thread-self/mountinfo", "") }},
+		{"no mount, and no runtime", s.grace + 70*time.Second, func() { down = errors.New("down") }},
+		{"no mount, and the runtime again", s.grace + 80*time.Second, func() { down = nil }},
+		{"no mount, and the mounts cannot be read", s.grace + 90*time.Second, func() { _ = os.Remove(filepath.Join(h.Proc, "thread-self/mountinfo")) }},
+		{"no mount, and they can again", s.grace + 100*time.Second, func() { h.write(h.Proc, "thread-self/mountinfo", "") }},
 		{"no mount, later", time.Hour, func() {}},
 	} {
 		step.less()
@@ -236,12 +222,43 @@ func TestALeftoverOfWhichLessAndLessIsLeft(t *testing.T) {
 			t.Errorf("%s: %s %s", step.name, last.Status, last.Message)
 		}
 	}
-	// Who has not seen it before finds it all the same.
-	a := s.inspector.everything(t.Context(), func(context.Context) (map[string]bool, string, error) {
-		return map[string]bool{otherUID: true}, "", nil
-	})
-	if a.Verdict != sandbox.Bound || len(a.Leftovers) != 1 || a.Leftovers[0].Leftover != leftoverOfTasks || len(a.Failures) > 0 {
-		t.Errorf("got %+v", a)
+	if got := s.told(); !slices.Equal(got, []string{"Warning LeftoverFound"}) {
+		t.Errorf("Events %q", got)
+	}
+	// When the process ends, nothing is left.
+	if err := os.RemoveAll(filepath.Join(h.Proc, strconv.Itoa(pid))); err != nil {
+		t.Fatal(err)
+	}
+	s.sweep(t.Context())
+	if last := s.conditions[len(s.conditions)-1]; last.Status != corev1.ConditionFalse {
+		t.Errorf("nothing: %s %s", last.Status, last.Message)
+	}
+}
+
+// Of a leftover that is found by the cgroup of a process, without any record, an Event tells once.
+func TestALeftoverWithoutANameIsToldOfOnce(t *testing.T) {
+	cmd := exec.CommandContext(t.Context(), "sleep", "600")
+	inNamespace(t, cmd, testAddress)
+	h := lookable(t)
+	h.group("kubepods/pod"+podUID, pid)
+	h.thread(pid, "sleep", "S", "x", "")
+	h.inNamespaceOf(cmd.Process.Pid)
+	s := newRecordedSweeper()
+	s.inspector = newInspector("node-a", h.Host, fakeRuntime(knowsNothing))
+	pods := &podsOfTheAPIServer{}
+	s.pods = pods
+	for n := range 5 {
+		s.now = func() time.Time { return noon.Add(time.Duration(n) * time.Minute) }
+		s.sweep(t.Context())
+	}
+	if got := s.told(); !slices.Equal(got, []string{"Warning LeftoverFound"}) {
+		t.Errorf("Events %q", got)
+	}
+	// Nor is it gone because the API server cannot be asked.
+	pods.away = errors.New("away")
+	s.sweep(t.Context())
+	if last := s.conditions[len(s.conditions)-1]; last.Status != corev1.ConditionTrue || !strings.Contains(last.Message, podUID) {
+		t.Errorf("%s %s", last.Status, last.Message)
 	}
 }
 

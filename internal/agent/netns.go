@@ -152,10 +152,10 @@ func (h Host) view(ctx context.Context, how depth) (v nodeView, processErr, netn
 // have not ended.
 func (h Host) follow(ctx context.Context, namespaces []netNamespace) (left []netNamespace, processErr, err error) {
 	left, processErr, err = h.readOccupied(ctx, slices.Clone(namespaces))
-	covered, mountErr := h.covered(slices.DeleteFunc(namespaces, func(n netNamespace) bool {
+	mounted, mountErr := h.mountedNow(ctx, slices.DeleteFunc(namespaces, func(n netNamespace) bool {
 		return slices.ContainsFunc(left, func(l netNamespace) bool { return l.id == n.id })
 	}))
-	return append(left, covered...), processErr, errors.Join(err, mountErr)
+	return append(left, mounted...), processErr, errors.Join(err, mountErr)
 }
 
 // readOccupied does that with those that tasks are in. That all the tasks that were listed for one have ended says nothing of those that
@@ -184,10 +184,10 @@ func (h Host) readOccupied(ctx context.Context, namespaces []netNamespace) (left
 
 const coveredNamespace = "something else covers it"
 
-// covered returns those of the namespaces that could not be entered, nor by what was in them, and are mounted all the same: something else is
-// mounted over them, so that their path leads elsewhere; or was over all of /run/netns when this container was given it; or they have just
-// been mounted. Those have not ended.
-func (h Host) covered(lost []netNamespace) ([]netNamespace, error) {
+// mountedNow returns those of the namespaces that could not be entered, nor by what was in them, and are mounted all the same: they have just
+// been mounted; or something else is mounted over them, so that their path leads elsewhere, or was over all of /run/netns when this container
+// was given it. Those have not ended.
+func (h Host) mountedNow(ctx context.Context, lost []netNamespace) ([]netNamespace, error) {
 	if len(lost) == 0 {
 		return nil, nil
 	}
@@ -195,8 +195,13 @@ func (h Host) covered(lost []netNamespace) ([]netNamespace, error) {
 	var found []netNamespace
 	for _, n := range lost {
 		if paths := mounts[n.id]; len(paths) > 0 {
-			unread := fmt.Errorf("it is mounted at %s, but %s, or did when the agent started", paths[0], coveredNamespace)
-			found = append(found, netNamespace{id: n.id, paths: paths, unread: unread})
+			found = append(found, netNamespace{id: n.id, paths: paths})
+		}
+	}
+	err = errors.Join(err, h.readAddresses(ctx, found))
+	for i := range found {
+		if n := &found[i]; gone(n.unread) {
+			n.unread = fmt.Errorf("it is mounted at %s, but %s, or did when the agent started", n.paths[0], coveredNamespace)
 		}
 	}
 	return found, err

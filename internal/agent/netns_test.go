@@ -231,6 +231,18 @@ func TestWhatIsInANamespaceEndsMeanwhile(t *testing.T) {
 			t.Errorf("%s: got %+v, %v, %v", name, left, processErr, err)
 		}
 	}
+	mounted := runtimesNamespace(t)
+	there := lookable(t, mounted)
+	seen, err := there.mountedNamespaces()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for id := range seen {
+		left, processErr, err := there.follow(t.Context(), []netNamespace{{id: id, tasks: leaders([]int{999})}})
+		if len(left) != 1 || left[0].name() != mounted || len(left[0].addresses) != 1 || processErr != nil || err != nil {
+			t.Errorf("mounted meanwhile: got %+v, %v, %v", left, processErr, err)
+		}
+	}
 	ended := []netNamespace{{id: "net:[8]", tasks: leaders([]int{999})}}
 	if left, processErr, err := h.follow(t.Context(), ended); len(left) > 0 || processErr != nil || err != nil {
 		t.Errorf("ended: got %+v, %v, %v", left, processErr, err)

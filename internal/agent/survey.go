@@ -16,9 +16,7 @@ type survey struct {
 	records podRecords
 	members map[string][]int // processes in the cgroups of pods, by UID
 	view    nodeView
-	// led are the addresses in namespaces without a mount that the host has routes or rules for.
-	led    []netip.Addr
-	probes []sandbox.Probe
+	probes  []sandbox.Probe
 }
 
 // failures say why probes did not run; without any, there is no more than was seen.
@@ -42,9 +40,17 @@ type Trace struct {
 	key string
 	// static says that it is of a static pod.
 	static bool
-	// Of a namespace that is nobody's, madeByARuntime says that it is mounted with a name as runtimes give, and led that it is not mounted, and
-	// that the host leads to an address in it.
-	madeByARuntime, led bool
+	// Of a namespace that is nobody's, madeByARuntime says that it is mounted with a name as runtimes give, and unmounted that only processes
+	// keep it.
+	madeByARuntime, unmounted bool
+	// places are its namespaces with an address each: what has the same inode and the same address at the next look is the same namespace.
+	places []place
+}
+
+// place is an address in a network namespace.
+type place struct {
+	netns string // net:[INODE]
+	ip    netip.Addr
 }
 
 // SharedAddress is an address that several network namespaces have.
@@ -66,9 +72,6 @@ func (i *Inspector) survey(ctx context.Context) survey {
 	})
 	probes.Go(func() { s.view, processErr, netnsErr = i.view(ctx, thorough) })
 	probes.Wait()
-	var pathsErr error
-	s.led, pathsErr = i.led(ctx, s.view)
-	netnsErr = errors.Join(netnsErr, pathsErr)
 	s.probes = []sandbox.Probe{
 		{Name: sandbox.ProbeRuntime, Error: text(runtimeErr)},
 		{Name: sandbox.ProbeCgroups, Error: text(cgroupsErr)},
@@ -76,34 +79,6 @@ func (i *Inspector) survey(ctx context.Context) survey {
 		{Name: sandbox.ProbeNetns, Error: text(netnsErr)},
 	}
 	return s
-}
-
-// led returns those of the addresses in namespaces without a mount that the host's routes or rules lead to, as they do to pods. Other programs
-// have namespaces of their own too.
-func (i *Inspector) led(ctx context.Context, v nodeView) ([]netip.Addr, error) {
-	var ips []netip.Addr
-	for _, n := range v.namespaces {
-		for _, a := range n.addresses {
-			if len(n.paths) == 0 {
-				ips = append(ips, a.ip)
-			}
-		}
-	}
-	if len(ips) == 0 {
-		return nil, nil
-	}
-	return run(ctx, i.slots[sandbox.ProbeNetns], func(context.Context) (led []netip.Addr, err error) {
-		for _, ip := range ips {
-			paths, err := i.host.paths([]netip.Addr{ip})
-			if err != nil {
-				return led, err
-			}
-			if len(paths.routes)+len(paths.rules) > 0 {
-				led = append(led, ip)
-			}
-		}
-		return led, nil
-	})
 }
 
 // traces puts together what was seen of each pod that has a network namespace of its own, and of each namespace that is
@@ -162,10 +137,7 @@ func (s survey) traces() []Trace {
 		var t *Trace
 		if pod.UID == "" {
 			// With its path: the kernel gives the inode of a namespace that has ended to the next one.
-			nobodys = append(nobodys, Trace{
-				key: n.id + " " + n.name(), madeByARuntime: n.madeByARuntime(),
-				led: len(n.paths) == 0 && slices.ContainsFunc(n.addresses, func(a assignment) bool { return slices.Contains(s.led, a.ip) }),
-			})
+			nobodys = append(nobodys, Trace{key: n.id + " " + n.name(), madeByARuntime: n.madeByARuntime(), unmounted: len(n.paths) == 0})
 			t = &nobodys[len(nobodys)-1]
 		} else {
 			t = of(pod)
@@ -173,6 +145,7 @@ func (s survey) traces() []Trace {
 		t.Findings = append(t.Findings, sandbox.Finding{Kind: sandbox.NetnsOpen, Sandbox: id, Netns: n.name()})
 		for _, a := range n.addresses {
 			t.addresses = append(t.addresses, a.ip)
+			t.places = append(t.places, place{n.id, a.ip})
 			t.Findings = append(t.Findings, sandbox.Finding{Kind: sandbox.IPAssigned, Sandbox: id, Netns: n.name(), IP: a.ip, Interface: a.device})
 		}
 		for _, task := range n.tasks {
@@ -193,7 +166,7 @@ const (
 	leftoverOfGonePod  = "the API server does not have its pod"
 	leftoverNoSandbox  = "the runtime has no sandbox for it"
 	leftoverOfNobody   = "no sandbox is recorded for this network namespace, unless one is just being made"
-	leftoverOfTasks    = "no pod is known to have this network namespace, which only processes keep, but the host has a route to its address"
+	leftoverOfTasks    = "only processes keep this network namespace, which was the pod's"
 	leftoverOtherOwner = "no pod has this network namespace, but one has the same address"
 )
 
@@ -214,14 +187,14 @@ func leftovers(traces []Trace, runtimeAnswered bool, known func(uid string) bool
 		switch {
 		case len(t.Findings) == 0 || t.static:
 			continue
+		case t.Pod.UID != "" && t.unmounted: // recalled
+			t.Leftover = leftoverOfTasks
 		case t.Pod.UID == "" && !runtimeAnswered:
 			continue
 		case t.Pod.UID == "" && t.madeByARuntime:
 			t.Leftover = leftoverOfNobody
 		case t.Pod.UID == "" && slices.ContainsFunc(t.addresses, func(ip netip.Addr) bool { return podAddresses[ip] }):
 			t.Leftover = leftoverOtherOwner
-		case t.Pod.UID == "" && t.led:
-			t.Leftover = leftoverOfTasks
 		case t.Pod.UID == "":
 			continue // of something that is not Kubernetes
 		case known != nil && !known(t.Pod.UID):

@@ -75,7 +75,8 @@ type sweeper struct {
 	now     func() time.Time
 
 	seen        map[string]time.Time   // by key of the trace: the first look it was seen in
-	names       map[string]sandbox.Pod // by UID, and by path and address of the namespace: pods that the runtime had a sandbox of
+	names       map[string]sandbox.Pod // by UID and by path of the namespace: pods that the runtime had a sandbox of
+	places      map[place]sandbox.Pod  // whose they were at the last look
 	blindSince  time.Time              // the first of the last looks that were not complete
 	condition   corev1.NodeCondition   // as written last, or taken over
 	conditionAt time.Time
@@ -86,7 +87,7 @@ type sweeper struct {
 
 // run sweeps until ctx ends: from time to time, when a pod goes, and when the grace time of something ends.
 func (s *sweeper) run(ctx context.Context, podGone <-chan struct{}) {
-	s.seen, s.names = map[string]time.Time{}, map[string]sandbox.Pod{}
+	s.seen, s.names, s.places = map[string]time.Time{}, map[string]sandbox.Pod{}, map[place]sandbox.Pod{}
 	if before, err := s.read(ctx); err != nil {
 		s.log.Error(err, "could not read the node condition; what is left counts as seen from now on")
 	} else {
@@ -140,11 +141,12 @@ func (s *sweeper) sweep(ctx context.Context) time.Duration {
 	defer cancelFirst()
 	survey := s.inspector.survey(first)
 	s.metrics.probes(survey.probes)
-	traces := survey.traces()
+	traces, complete := survey.traces(), len(survey.failures()) == 0
+	s.recall(traces, complete)
 	found := leftovers(traces, survey.runtimeAnswered(), s.pods.known)
-	s.name(survey.records, found)
+	s.name(survey.records, found, complete)
 	now := s.now()
-	due, next := s.due(now, found, len(survey.failures()) == 0)
+	due, next := s.due(now, found, complete)
 	if len(due) > 0 {
 		live, err := s.pods.live(look)
 		if err != nil {
@@ -170,47 +172,65 @@ func (s *sweeper) sweep(ctx context.Context) time.Duration {
 	return next
 }
 
-// name gives pods their names by which the runtime knew them at an earlier look: what it has forgotten, or cannot tell at the
-// moment, is found by UID or by path alone; and by address where the mount has gone too. (What is mounted may be a sandbox in the making,
-// which has been given the address of one that is gone.)
-func (s *sweeper) name(records podRecords, found []Trace) {
-	names := map[string]sandbox.Pod{}
-	for _, r := range records.sandboxes {
-		if r.netnsPath == "" {
-			continue
+// recall gives the namespaces of nobody that only processes keep to the pods whose they were at an earlier look. Neither record nor path nor
+// cgroup leads from one to its pod.
+func (s *sweeper) recall(traces []Trace, complete bool) {
+	places := map[place]sandbox.Pod{}
+	if !complete {
+		maps.Copy(places, s.places)
+	}
+	for i := range traces {
+		t := &traces[i]
+		if t.Pod.UID == "" && t.unmounted {
+			for _, at := range t.places {
+				if pod, known := s.places[at]; known {
+					t.Pod = pod
+				}
+			}
 		}
-		names[r.pod.UID], names[r.netnsPath] = r.pod, r.pod
-		for _, ip := range r.ips {
-			names[ip.String()] = r.pod
+		for _, at := range t.places {
+			if t.Pod.UID != "" && !t.static {
+				places[at] = t.Pod
+			}
+		}
+	}
+	s.places = places
+}
+
+// name gives pods their names by which the runtime knew them at an earlier look: what it has forgotten, or cannot tell at the
+// moment, is found by UID, by path or by place alone.
+func (s *sweeper) name(records podRecords, found []Trace, complete bool) {
+	names := map[string]sandbox.Pod{}
+	if !complete { // what was not found may be there
+		maps.Copy(names, s.names)
+	}
+	for _, r := range records.sandboxes {
+		if r.netnsPath != "" {
+			names[r.pod.UID], names[r.netnsPath] = r.pod, r.pod
 		}
 	}
 	for i := range found {
 		t := &found[i]
 		keys := []string{t.Pod.UID}
-		var addresses []string
 		for _, f := range t.Findings {
 			keys = append(keys, f.Netns)
-			if f.IP.IsValid() {
-				addresses = append(addresses, f.IP.String())
-			}
 		}
-		by := keys
-		if t.led {
-			by = slices.Concat(keys, addresses)
-		}
-		for _, key := range by {
+		for _, key := range keys {
 			if pod, known := s.names[key]; known && t.Pod.Name == "" {
 				t.Pod = pod
-				// The same leftover, of which less is left: it has been there since it was first seen.
-				if !s.pods.known(pod.UID) {
-					s.rekey(t.key, pod.UID)
-					t.key = pod.UID
-				}
 			}
-		}
-		for _, key := range slices.Concat(keys, addresses) {
 			if t.Pod.UID != "" && key != "" {
 				names[key] = t.Pod
+			}
+		}
+		// The same leftover, of which less is left: it has been there since it was first seen.
+		if t.Pod.UID != "" && t.key != t.Pod.UID && !s.pods.known(t.Pod.UID) {
+			s.rekey(t.key, t.Pod.UID)
+			t.key = t.Pod.UID
+		}
+		for _, at := range t.places {
+			if t.Pod.UID != "" {
+				s.places[at] = t.Pod
 			}
 		}
 	}
@@ -364,7 +384,9 @@ func (s *sweeper) tellShared(shared []SharedAddress, complete bool) {
 		}
 		note := fmt.Sprintf("address %s is there %d times: %s", text, len(holders), strings.Join(holders, "; "))
 		s.log.Info("address conflict", "address", text, "holders", holders)
-		s.events.Eventf(s.node(), s.reference(address.Holders[0]), corev1.EventTypeWarning, "AddressConflict", "Sweep", "%s", clip(note))
+		of := s.reference(address.Holders[0])
+		of.FieldPath = text // a pod may have two
+		s.events.Eventf(s.node(), of, corev1.EventTypeWarning, "AddressConflict", "Sweep", "%s", clip(note))
 	}
 	if !complete {
 		now = append(now, slices.DeleteFunc(s.shared, func(text string) bool { return slices.Contains(now, text) })...)

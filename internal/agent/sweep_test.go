@@ -129,7 +129,7 @@ func TestLeftoversKeepTheirNames(t *testing.T) {
 		{podRecords{}, nil, true},
 		{podRecords{}, byPath(), false}, // it was gone in between
 	} {
-		s.name(step.records, step.found)
+		s.name(step.records, step.found, true)
 		for _, got := range step.found {
 			if (got.Pod == pod) != step.named {
 				t.Errorf("step %d: got %+v", n, got.Pod)
@@ -419,12 +419,12 @@ func TestALeftoverOfALivingPodStaysOneWhenThePodGoes(t *testing.T) {
 	s.pods = pods
 	pod := sandbox.Pod{Namespace: "shop", Name: "web-0", UID: podUID}
 	records := podRecords{sandboxes: []podSandbox{{pod: pod, details: details{netnsPath: "/run/netns/cni-1"}}}}
-	s.name(records, nil)
+	s.name(records, nil, true)
 	look := func(after time.Duration) []leftover {
 		found := []Trace{{key: "net:[1] /run/netns/cni-1", Findings: []sandbox.Finding{{Kind: sandbox.NetnsOpen, Netns: "/run/netns/cni-1"}}}}
-		s.name(podRecords{}, found)
+		s.name(podRecords{}, found, true)
 		due, _ := s.due(noon.Add(after), found, true)
-		s.sweeper.tell(due)
+		s.tell(due)
 		return due
 	}
 	look(0)
