@@ -3,6 +3,7 @@ package observer
 import (
 	"encoding/json"
 	"fmt"
+	"net/http"
 	"slices"
 	"strings"
 	"time"
@@ -98,8 +99,10 @@ func (h *History) Record(r Removal, guarded bool, overrider string) (record Reco
 	held := slices.ContainsFunc(decisions, func(d Decision) bool { return d.Outcome == "held" })
 	for _, e := range h.requests(r) {
 		done := e.ResponseStatus.Code < 300 && !e.DryRun()
+		// Of a caller that has gone before the answer, a kubelet that was killed say, the log says 504, whether it was done or not.
+		mayBeDone := done || e.ResponseStatus.Code == http.StatusGatewayTimeout && e.Actor() == kubelet && !e.DryRun()
 		switch grace := e.Options().GracePeriodSeconds; {
-		case !done:
+		case !mayBeDone:
 		case e.Actor() == kubelet:
 			// One that is held does not go with that.
 			if grace != nil && *grace == 0 && !held {
