@@ -346,6 +346,7 @@ func TestASandboxWhoseRecordIsGone(t *testing.T) {
 	// Nobody's namespace is a leftover too. With the record, the agent knows by what it has seen before whose it is: a pod's that is there.
 	if !recordIsKept {
 		awaitCondition(t, corev1.ConditionTrue, pod.Status.PodIP, file)
+		awaitNodeEvent(t, incident.Node, "LeftoverFound", file)
 	}
 
 	wentThrough(t, errors.Join(syscall.Unmount(file, 0), os.Remove(file)))
