@@ -3,9 +3,11 @@ package agent
 import (
 	"context"
 	"errors"
+	"fmt"
 	"maps"
 	"net/http"
 	"net/http/httptest"
+	"net/netip"
 	"slices"
 	"strings"
 	"testing"
@@ -17,6 +19,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/testutil"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/util/wait"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
@@ -410,6 +413,43 @@ func TestAPodThatGoesWakesTheSweeper(t *testing.T) {
 		end()
 		<-ended
 	})
+}
+
+// relatedParties keeps which other party each Event has. It implements events.EventRecorder.
+type relatedParties []string
+
+func (r *relatedParties) Eventf(_, related runtime.Object, _, reason, _, _ string, _ ...any) {
+	of, _ := related.(*corev1.ObjectReference)
+	*r = append(*r, fmt.Sprintf("%s %s %s %s", reason, of.Kind, of.Name, of.FieldPath))
+}
+
+// Events that differ in no party are one series, with the words of the first.
+func TestEventsOfDifferentThingsAreNoSeries(t *testing.T) {
+	var got relatedParties
+	s := newRecordedSweeper().sweeper
+	s.events = &got
+	one, other := Trace{key: "net:[7] /run/netns/a"}, Trace{key: "net:[8] /run/netns/b"}
+	s.tell([]leftover{{one, noon}, {other, noon}, {trace("1"), noon}})
+	second := netip.MustParseAddr("fd00::5")
+	s.tellShared([]SharedAddress{{podAddress, []Trace{trace("1"), one}}, {second, []Trace{trace("1"), one}}}, true)
+	if want := (relatedParties{
+		"LeftoverFound Node node-a net:[7] /run/netns/a", "LeftoverFound Node node-a net:[8] /run/netns/b", "LeftoverFound Pod web-1 ",
+		"AddressConflict Pod web-1 " + podAddress.String(), "AddressConflict Pod web-1 fd00::5",
+	}); !slices.Equal(got, want) {
+		t.Errorf("got %q, want %q", got, want)
+	}
+}
+
+// What only processes keep, and was a pod's, is a leftover also while that pod lives: its sandbox is another one by now.
+func TestWhatWasRecalledIsALeftover(t *testing.T) {
+	s := newRecordedSweeper().sweeper
+	at := place{"net:[7]", podAddress}
+	s.recall([]Trace{{Pod: sandbox.Pod{Namespace: "shop", Name: "web-0", UID: podUID}, places: []place{at}}}, true)
+	traces := []Trace{{key: "net:[7] net:[7]", unmounted: true, places: []place{at}, Findings: []sandbox.Finding{{Kind: sandbox.NetnsOpen, Netns: "net:[7]"}}}}
+	s.recall(traces, true)
+	if got := leftovers(traces, true, func(string) bool { return true }); len(got) != 1 || got[0].Pod.Name != "web-0" || got[0].Leftover != leftoverOfTasks {
+		t.Errorf("got %+v", got)
+	}
 }
 
 // A namespace whose record is gone is a leftover while its pod lives, and stays the same one when the pod goes.
