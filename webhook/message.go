@@ -39,6 +39,14 @@ func message(r *removal, d decision) string {
 // cannotTell starts the finding about a pod of which nothing is known.
 const cannotTell = "cannot tell whether pod "
 
+// RefusedVerdict is the verdict that the message of a refusal tells.
+func RefusedVerdict(message string) sandbox.Verdict {
+	if strings.HasPrefix(message, cannotTell) {
+		return sandbox.Unknown
+	}
+	return sandbox.Bound
+}
+
 // finding is what is known of a pod that may not go, in plain words.
 func finding(pod *corev1.Pod, d decision) string {
 	name := pod.Namespace + "/" + pod.Name

@@ -119,6 +119,9 @@ func compareGolden(t *testing.T, name string, r *removal, d decision) {
 		if lines := strings.Count(status.Message, "\n") + 1; lines > 3 {
 			t.Errorf("the message has %d lines, more than 3", lines)
 		}
+		if told := RefusedVerdict(status.Message); d.verdict != sandbox.NotAsked && told != d.verdict {
+			t.Errorf("the message tells the verdict %s, not %s", told, d.verdict)
+		}
 	}
 	for _, warning := range response.Warnings {
 		got += "warning: " + warning + "\n"

@@ -38,6 +38,7 @@ func TestTheOutcomeOfARemoval(t *testing.T) {
 		{"let through, and gone already", event("delete  404", "", forcedBody, "", decidedAs("allowed")...), OutcomeFailed},
 		{"no answer on record", event("delete  0", "", forcedBody, "", decidedAs("allowed")...), OutcomeUntold},
 		{"given up by the API server", event("delete  504", "", forcedBody, "", decidedAs("allowed")...), OutcomeUntold},
+		{"given up by the API server, after it was refused at first", event("delete  504", "", forcedBody, "", decidedAs("denied")...), OutcomeUntold},
 		{"a collection that failed", collected, OutcomeUntold},
 	} {
 		t.Run(c.name, func(t *testing.T) {

@@ -50,7 +50,7 @@ const (
 	ReasonConfigurationNarrowed = "ConfigurationNarrowed"
 	// ReasonNoTrace means: nothing in the log says why the guard was not asked.
 	ReasonNoTrace = "NoTrace"
-	// ReasonAskedAgain means: the guard has refused, and then let through, what the API server asked about once more.
+	// ReasonAskedAgain means: the API server has asked once more, and the guard has decided otherwise than at first.
 	ReasonAskedAgain = "AskedAgain"
 	// ReasonGuardNamespace means: the pod is one of the guard's own namespace.
 	ReasonGuardNamespace = "GuardNamespace"
@@ -200,7 +200,7 @@ func (r *request) removals(untold *Untold) []Removal {
 			return row.Reason == string(webhook.ReasonNotForced) || row.Reason == string(webhook.ReasonOwnKubelet) && ownKubelet(e)
 		})
 	}
-	if strings.Contains(e.ResponseStatus.Message, `failed calling webhook "`+webhookName+`"`) && !e.Succeeded() {
+	if r.unanswered() {
 		return []Removal{r.refusedByServer()}
 	}
 	if gaveUp(e) && !ownKubelet(e) {
@@ -232,9 +232,11 @@ func (r *request) end(row *Removal) {
 		}
 	}
 	switch {
+	case gaveUp(r.Event):
+		row.Outcome = OutcomeUntold
 	case row.Decision == Decision(webhook.Denied) || row.Decision == Unanswered:
 		row.Outcome = OutcomeRefused
-	case row.Code == 0 || gaveUp(r.Event) || row.Code >= 300 && r.path == webhook.PathCollection:
+	case row.Code == 0 || row.Code >= 300 && r.path == webhook.PathCollection:
 		row.Outcome = OutcomeUntold
 	case row.Code >= 300:
 		row.Outcome = OutcomeFailed
@@ -459,24 +461,36 @@ func (r *request) row(fields map[string]string) Removal {
 	return row
 }
 
-// askedAgain puts a refusal right after which the request went through all the same. The API server may ask first about a copy of the pod
-// that is out of date, say without the override that was just given, and then about the pod as it is
-// (k8s.io/apiserver pkg/storage/etcd3/store.go, conditionalDelete and GuaranteedUpdate). Of two values of an annotation it keeps the
-// first (pkg/audit/context.go). A collection goes through or fails as a whole, after some of its pods may have gone.
+// askedAgain puts a decision right that was not the last word. The API server may ask first about a copy of the pod that is out of date,
+// say without the override that was just given, and then about the pod as it is (k8s.io/apiserver pkg/storage/etcd3/store.go,
+// conditionalDelete and GuaranteedUpdate). Of two values of an annotation it keeps the first (pkg/audit/context.go). The answer tells the
+// last word, but of a collection not about which pod; and one that no webhook gave may be about the second step of a removal that was let
+// through, after which the pod is marked, and goes.
 func (r *request) askedAgain(row *Removal) {
-	if row.Decision != Decision(webhook.Denied) || !r.Succeeded() || r.path == webhook.PathCollection {
+	reason, overridden := r.Annotations[policyReason]
+	one, refused := r.path != webhook.PathCollection, row.Decision == Decision(webhook.Denied)
+	switch {
+	// Of a collection it may have been another pod, but nobody can tell.
+	case r.Succeeded() && overridden && (refused || one && overridable[row.Decision]):
+		row.Decision, row.Reason, row.OverrideReason = Decision(webhook.Overridden), string(webhook.ReasonOverride), reason
+	case r.Succeeded() && refused && r.failedOpen():
+		row.Decision, row.Reason = SlippedPast, ReasonWebhookDown
+	case r.Succeeded() && refused:
+		row.Decision, row.Reason = Decision(webhook.Allowed), ReasonAskedAgain
+	case one && refused && r.unanswered():
+		row.Decision, row.Reason = Unanswered, ReasonWebhookDown
+	case one && !refused && r.refusedByGuard():
+		_, refusal, _ := strings.Cut(r.ResponseStatus.Message, denial+": ")
+		row.Decision, row.Reason, row.OverrideReason = Decision(webhook.Denied), ReasonAskedAgain, ""
+		row.Verdict, row.Evidence = string(webhook.RefusedVerdict(refusal)), refusal
+	default:
 		return
 	}
 	row.Inferred = true
-	switch reason, overridden := r.Annotations[policyReason]; {
-	case overridden:
-		row.Decision, row.Reason, row.OverrideReason = Decision(webhook.Overridden), string(webhook.ReasonOverride), reason
-	case r.failedOpen():
-		row.Decision, row.Reason = SlippedPast, ReasonWebhookDown
-	default:
-		row.Decision, row.Reason = Decision(webhook.Allowed), ReasonAskedAgain
-	}
 }
+
+// overridable are the decisions, beside Denied, in the place of which an override has the last word.
+var overridable = map[Decision]bool{Decision(webhook.Held): true, Decision(webhook.Audited): true, Decision(webhook.Allowed): true}
 
 // base is what every removal of the request has.
 func (r *request) base() Removal {
@@ -601,4 +615,18 @@ func (r *request) failedOpen() bool {
 		}
 	}
 	return false
+}
+
+// denial says in the message of an answer that the guard refuses
+// (k8s.io/apiserver pkg/admission/plugin/webhook/errors/statuserror.go).
+const denial = `admission webhook "` + webhookName + `" denied the request`
+
+// refusedByGuard says whether the request has failed because the guard refuses.
+func (r *request) refusedByGuard() bool {
+	return !r.Succeeded() && strings.Contains(r.ResponseStatus.Message, denial)
+}
+
+// unanswered says whether the request has failed because no webhook answered (k8s.io/apiserver pkg/util/webhook/error.go).
+func (r *request) unanswered() bool {
+	return !r.Succeeded() && strings.Contains(r.ResponseStatus.Message, `failed calling webhook "`+webhookName+`"`)
 }

@@ -9,6 +9,7 @@ import (
 	authenticationv1 "k8s.io/api/authentication/v1"
 
 	"github.com/eni-guard/eni-guard/internal/auditlog"
+	"github.com/eni-guard/eni-guard/webhook"
 )
 
 // event is a request about the pod shop/web-0, as "VERB SUBRESOURCE CODE", with its query, body, answer and annotations.
@@ -53,14 +54,24 @@ func TestWhatIsAForcedRemoval(t *testing.T) {
 	notCalled.ResponseStatus.Message = `Internal error occurred: failed calling webhook "force-delete.eni-guard.io": connection refused`
 	otherWebhook := event("delete  500", "", force, "")
 	otherWebhook.ResponseStatus.Message = `Internal error occurred: failed calling webhook "validate.example.com": connection refused`
-	kubelet := event("delete  200", "", force, "")
-	kubelet.User = authenticationv1.UserInfo{Username: "system:node:node-1", Groups: []string{"system:nodes"}}
+	byKubelet := func(e *auditlog.Event) *auditlog.Event {
+		e.User = authenticationv1.UserInfo{Username: "system:node:node-1", Groups: []string{"system:nodes"}}
+		return e
+	}
 	asKubelet := func(e *auditlog.Event) *auditlog.Event {
 		e.ImpersonatedUser = &authenticationv1.UserInfo{Username: "system:node:node-1", Groups: []string{"system:nodes"}}
 		return e
 	}
 	asTheGuard := event("patch  200", "", freed, "")
 	asTheGuard.ImpersonatedUser = &authenticationv1.UserInfo{Username: "system:serviceaccount:eni-guard:eni-guard-webhook"}
+	const refuses, evidence = `admission webhook "force-delete.eni-guard.io" denied the request: `, "pod shop/web-0 is still alive on node node-2"
+	// first is a request about which the log has the guard's first word, and whose answer tells the last.
+	first := func(decision, code, message string, annotations ...string) *auditlog.Event {
+		e := event("delete  "+code, "", force, "", append(annotations, guardHas+decision, guardPrefix+"reason=First", guardPrefix+"path=delete",
+			guardPrefix+"node=node-2", guardPrefix+"verdict=released", guardPrefix+"override-reason=smoke")...)
+		e.ResponseStatus.Message = message
+		return e
+	}
 	labelUnanswered := event("patch  500", "", labelled, "")
 	labelUnanswered.ResponseStatus.Message = notCalled.ResponseStatus.Message
 	others := event("delete  200", "", force, "")
@@ -101,7 +112,7 @@ func TestWhatIsAForcedRemoval(t *testing.T) {
 		{"a mirror pod", event("delete  200", "", force, pod(markedNow+`,"annotations":{"kubernetes.io/config.mirror":"x"}`, "", "")), "delete exempt MirrorPod node-1", Untold{}},
 		{"never scheduled", event("delete  200", "", force, strings.Replace(pod(markedNow, "", ""), "node-1", "", 1)), "delete exempt NotScheduled ", Untold{}},
 		{"in the guard's namespace", ours, "delete exempt GuardNamespace node-1", Untold{}},
-		{"by a kubelet", kubelet, "", Untold{}},
+		{"by a kubelet", byKubelet(event("delete  200", "", force, "")), "", Untold{}},
 		{"by somebody who acts as the kubelet", asKubelet(event("delete  200", "", force, pod(markedNow, "", ""))), "delete slipped-past Impersonated node-1", Untold{}},
 		{"by somebody who acts as the kubelet, and the pod has no network of its own", asKubelet(event("delete  200", "", force, pod(markedNow, `,"hostNetwork":true`, ""))), "delete exempt HostNetwork node-1", Untold{}},
 		{"by somebody who acts as the kubelet, where the guard is asked about all", asKubelet(event("delete  200", "", force, "", guardHas+"exempt", guardPrefix+"reason=OwnKubelet", guardPrefix+"path=delete")), "delete slipped-past Impersonated ", Untold{}},
@@ -113,9 +124,16 @@ func TestWhatIsAForcedRemoval(t *testing.T) {
 		{"no webhook, Ignore, of somebody else", event("delete  200", "", force, pod(markedNow, "", ""), failedOpenPrefix+"round_0_index_0=validate.example.com"), "delete slipped-past NoTrace node-1", Untold{}},
 		{"no webhook, an override", event("delete  200", "", force, pod(markedNow, "", ""), failedOpen, policyReason+"=fire"), "delete overridden Override node-1", Untold{}},
 		{"decided", event("delete  409", "", force, "", guardHas+"denied", guardPrefix+"reason=SandboxBound", guardPrefix+"path=delete", guardPrefix+"node=node-2"), "delete denied SandboxBound node-2", Untold{}},
-		{"refused, and let through when asked again", event("delete  200", "", force, "", guardHas+"denied", guardPrefix+"reason=SandboxBound", guardPrefix+"path=delete", guardPrefix+"node=node-2"), "delete allowed AskedAgain node-2", Untold{}},
-		{"refused, and overridden when asked again", event("delete  200", "", force, "", guardHas+"denied", guardPrefix+"reason=SandboxBound", guardPrefix+"path=delete", guardPrefix+"node=node-2", policyReason+"=fire"), "delete overridden Override node-2", Untold{}},
-		{"refused, and no webhook when asked again", event("delete  200", "", force, "", guardHas+"denied", guardPrefix+"reason=SandboxBound", guardPrefix+"path=delete", guardPrefix+"node=node-2", failedOpen), "delete slipped-past WebhookDown node-2", Untold{}},
+		{"refused, and let through when asked again", first("denied", "200", ""), "delete allowed AskedAgain node-2", Untold{}},
+		{"refused, and overridden when asked again", first("denied", "200", "", policyReason+"=fire"), "delete overridden Override node-2", Untold{}},
+		{"held, and overridden when asked again", first("held", "200", "", policyReason+"=fire"), "delete overridden Override node-2", Untold{}},
+		{"recorded, and overridden when asked again", first("audited", "200", "", policyReason+"=fire"), "delete overridden Override node-2", Untold{}},
+		{"exempt, with an override that nobody needs", first("exempt", "200", "", policyReason+"=fire"), "delete exempt First node-2", Untold{}},
+		{"refused, and no webhook when asked again, Ignore", first("denied", "200", "", failedOpen), "delete slipped-past WebhookDown node-2", Untold{}},
+		{"refused, and no webhook when asked again, Fail", first("denied", "500", notCalled.ResponseStatus.Message), "delete unanswered WebhookDown node-2", Untold{}},
+		{"let through, and refused when asked again", first("overridden", "409", refuses+evidence), "delete denied AskedAgain node-2", Untold{}},
+		{"let through, and then no webhook: it may be marked", first("audited", "500", notCalled.ResponseStatus.Message), "delete audited First node-2", Untold{}},
+		{"let through, and refused by the webhook of somebody else", first("allowed", "409", `admission webhook "validate.example.com" denied the request: no`), "delete allowed First node-2", Untold{}},
 		{"decided, in dry run", event("delete  409", "", dry, "", guardHas+"denied", guardPrefix+"reason=SandboxBound"), "", Untold{}},
 		{"decided to be none", event("create eviction 201", "", "{}", "", guardHas+"exempt", guardPrefix+"reason=NotForced"), "", Untold{}},
 		{"an eviction", event("create eviction 201", "", evicted, ""), "eviction slipped-past NoTrace ", Untold{}},
@@ -126,6 +144,9 @@ func TestWhatIsAForcedRemoval(t *testing.T) {
 		{"a graceful collection", event("deletecollection  200", "", "{}", `{"kind":"PodList","items":[`+pod("", `,"terminationGracePeriodSeconds":30`, "")+","+pod("", `,"terminationGracePeriodSeconds":0`, "")+"]}"), "collection slipped-past NoTrace node-1", Untold{}},
 		{"a collection without its answer", event("deletecollection  200", "", force, ""), "", Untold{Collections: 1}},
 		{"a collection, decided", event("deletecollection  409", "", force, "", guardPrefix+`pod.u={"decision":"denied","path":"collection","pod-uid":"u","pod":"shop/web-0","reason":"SandboxBound","node":"node-1"}`), "collection denied SandboxBound node-1", Untold{}},
+		{"a collection that went through after it was refused at a pod", event("deletecollection  200", "", force, "", guardPrefix+`pod.u={"decision":"denied","path":"collection","pod-uid":"u","pod":"shop/web-0","reason":"SandboxBound","node":"node-1"}`), "collection allowed AskedAgain node-1", Untold{Collections: 1}},
+		{"a collection that was overridden after it was refused at a pod", event("deletecollection  200", "", force, "", policyReason+"=fire", guardPrefix+`pod.u={"decision":"denied","path":"collection","pod-uid":"u","pod":"shop/web-0","reason":"SandboxBound","node":"node-1"}`), "collection overridden Override node-1", Untold{Collections: 1}},
+		{"a collection that went through without a webhook after it was refused at a pod", event("deletecollection  200", "", force, "", failedOpen, guardPrefix+`pod.u={"decision":"denied","path":"collection","pod-uid":"u","pod":"shop/web-0","reason":"SandboxBound","node":"node-1"}`), "collection slipped-past WebhookDown node-1", Untold{Collections: 1}},
 		{"a collection, a record that is cut off", event("deletecollection  200", "", force, "", guardPrefix+`pod.u={"decision":"den`), "", Untold{Records: 1, Collections: 1}},
 		{"the label", event("patch  200", "", labelled, ""), "ignore-label slipped-past NoTrace ", Untold{}},
 		{"the label, as a JSON patch", event("patch  200", "", `[{"op":"add","path":"/metadata/labels/k8s.aliyun.com~1ignore-by-terway","value":"true"}]`, ""), "ignore-label slipped-past NoTrace ", Untold{}},
@@ -154,6 +175,10 @@ func TestWhatIsAForcedRemoval(t *testing.T) {
 				got = append(got, fmt.Sprintf("%s %s %s %s", r.Path, r.Decision, r.Reason, r.Node))
 				if r.User != c.event.Actor().Username || r.Namespace != c.event.ObjectRef.Namespace || r.Pod != "web-0" {
 					t.Errorf("the row is %+v", r)
+				}
+				// What the log has of the guard is its first word.
+				if r.Reason == ReasonAskedAgain && r.Decision == Decision(webhook.Denied) && (r.OverrideReason != "" || r.Evidence != evidence || r.Verdict != "bound") {
+					t.Errorf("of what was refused after all it tells the override %q, the evidence %q, the verdict %s", r.OverrideReason, r.Evidence, r.Verdict)
 				}
 			}
 			if got := strings.Join(got, "; "); got != c.want || untold != c.untold {
