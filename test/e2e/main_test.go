@@ -186,7 +186,7 @@ var forced = metav1.DeleteOptions{GracePeriodSeconds: new(int64(0))}
 // forceDelete deletes a pod by force, as `kubectl delete --grace-period=0 --force` does.
 func forceDelete(t *testing.T, pod *corev1.Pod) error {
 	t.Helper()
-	return cluster.CoreV1().Pods(pod.Namespace).Delete(t.Context(), pod.Name, forced)
+	return byForcedDelete.take(t.Context(), cluster, pod)
 }
 
 // refused fails the test unless err is the guard's refusal with every one of parts in its message.

@@ -327,6 +327,7 @@ func annotate(t *testing.T, pod *corev1.Pod, key, value string) {
 	}
 	_, err := cluster.CoreV1().Pods(pod.Namespace).Patch(t.Context(), pod.Name, types.MergePatchType, patch, metav1.PatchOptions{})
 	wentThrough(t, err)
+	wentThrough(t, cluster.AwaitCached(t.Context(), pod.Namespace, pod.Name))
 }
 
 // override gives a pod an override with a reason, and an end unless that is empty.

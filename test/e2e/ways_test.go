@@ -44,11 +44,14 @@ type way struct {
 
 var (
 	byForcedDelete = way{path: "delete", take: func(ctx context.Context, api kubernetes.Interface, pod *corev1.Pod) error {
-		return api.CoreV1().Pods(pod.Namespace).Delete(ctx, pod.Name, forced)
+		return deletePod(ctx, api, pod, forced)
 	}}
 	// The caller says nothing of force, and the pod gives itself no time.
 	byPlainDeleteWithoutTime = way{path: "delete", change: withoutTime, take: plainDelete}
 	byForcedCollection       = way{path: "collection", take: func(ctx context.Context, api kubernetes.Interface, pod *corev1.Pod) error {
+		if err := cluster.AwaitCached(ctx, pod.Namespace, pod.Name); err != nil {
+			return err
+		}
 		return api.CoreV1().Pods(pod.Namespace).DeleteCollection(ctx, forced, onlyThis(pod))
 	}}
 	byForcedEviction = way{path: "eviction", take: func(ctx context.Context, api kubernetes.Interface, pod *corev1.Pod) error {
@@ -611,7 +614,15 @@ func quiet(t *testing.T) {
 func withoutTime(pod *corev1.Pod) { pod.Spec.TerminationGracePeriodSeconds = new(int64(0)) }
 
 func plainDelete(ctx context.Context, api kubernetes.Interface, pod *corev1.Pod) error {
-	return api.CoreV1().Pods(pod.Namespace).Delete(ctx, pod.Name, metav1.DeleteOptions{})
+	return deletePod(ctx, api, pod, metav1.DeleteOptions{})
+}
+
+// deletePod deletes a pod once the API server's cache knows all that the test has done to it.
+func deletePod(ctx context.Context, api kubernetes.Interface, pod *corev1.Pod, options metav1.DeleteOptions) error {
+	if err := cluster.AwaitCached(ctx, pod.Namespace, pod.Name); err != nil {
+		return err
+	}
+	return api.CoreV1().Pods(pod.Namespace).Delete(ctx, pod.Name, options)
 }
 
 func evict(ctx context.Context, api kubernetes.Interface, pod *corev1.Pod, options *metav1.DeleteOptions) error {

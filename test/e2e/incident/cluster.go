@@ -177,7 +177,7 @@ func (c *Cluster) Start(ctx context.Context, pod *corev1.Pod) (*corev1.Pod, erro
 	return c.AwaitStarted(ctx, created.Namespace, created.Name)
 }
 
-// AwaitStarted waits until a pod has left the phase Pending and has an address.
+// AwaitStarted waits until a pod has left the phase Pending and has an address, and the API server's cache knows.
 func (c *Cluster) AwaitStarted(ctx context.Context, namespace, name string) (*corev1.Pod, error) {
 	var pod *corev1.Pod
 	err := Wait(ctx, 2*time.Minute, fmt.Sprintf("pod %s/%s to start", namespace, name), func(ctx context.Context) (err error) {
@@ -188,9 +188,23 @@ func (c *Cluster) AwaitStarted(ctx context.Context, namespace, name string) (*co
 		if pod.Status.Phase == corev1.PodPending || pod.Status.PodIP == "" {
 			return fmt.Errorf("phase %s, address %q", pod.Status.Phase, pod.Status.PodIP)
 		}
-		return nil
+		return c.AwaitCached(ctx, namespace, name)
 	})
 	return pod, err
+}
+
+// AwaitCached waits until the API server's watch cache has a pod as it is now. What removes or changes a pod goes by that cache first: while it
+// is out of date, the webhook is asked twice, and the audit log keeps the first answer of the two (k8s.io/apiserver
+// pkg/storage/cacher/delegator.go, Delete and GuaranteedUpdate, and pkg/audit/context.go).
+func (c *Cluster) AwaitCached(ctx context.Context, namespace, name string) error {
+	pods := c.CoreV1().Pods(namespace)
+	// Without a version the API server answers from etcd; with one from its cache, once that has it, and after three seconds not at all, which
+	// the client repeats.
+	now, err := pods.Get(ctx, name, metav1.GetOptions{})
+	if err == nil {
+		_, err = pods.Get(ctx, name, metav1.GetOptions{ResourceVersion: now.ResourceVersion})
+	}
+	return err
 }
 
 // AwaitFinished waits until a pod is in the phase Succeeded.
