@@ -5,6 +5,7 @@ package webhook
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"encoding/pem"
@@ -46,10 +47,10 @@ const (
 	unfiltered = "eni-guard-unfiltered"
 )
 
-// auditPolicy records deletes and updates in the namespace with the overrides, and nothing else.
+// auditPolicy records deletes and changes in the namespace with the overrides, and nothing else.
 const auditPolicy = `{
   "apiVersion": "audit.k8s.io/v1", "kind": "Policy", "omitStages": ["RequestReceived"],
-  "rules": [{"level": "Metadata", "verbs": ["delete", "update"], "namespaces": ["` + callsNamespace + `"]}, {"level": "None"}]
+  "rules": [{"level": "Metadata", "verbs": ["delete", "update", "patch"], "namespaces": ["` + callsNamespace + `"]}, {"level": "None"}]
 }`
 
 // apiServer is a kube-apiserver with its etcd and nothing else: no controller, no kubelet.
@@ -74,7 +75,7 @@ func binary(t *testing.T, name string) string {
 }
 
 // startAPIServer starts an API server as it is by default, with RBAC and with an audit log.
-func startAPIServer(t *testing.T) *apiServer {
+func startAPIServer(t *testing.T, change ...func(*envtest.Environment)) *apiServer {
 	t.Helper()
 	dir := t.TempDir()
 	policy := filepath.Join(dir, "audit-policy.json")
@@ -88,6 +89,9 @@ func startAPIServer(t *testing.T) *apiServer {
 	process.Path, process.Out, process.Err = binary(t, "kube-apiserver"), output, output
 	s := &apiServer{auditLog: filepath.Join(dir, "audit.log"), calls: &recorder{calls: map[string][]call{}}}
 	process.Configure().Set("audit-policy-file", policy).Set("audit-log-path", s.auditLog)
+	for _, f := range change {
+		f(environment)
+	}
 	config, err := environment.Start()
 	if err != nil {
 		t.Fatalf("starting the API server: %v\n%s", err, output)
@@ -284,6 +288,8 @@ type call struct {
 type recorder struct {
 	mu    sync.Mutex
 	calls map[string][]call
+	// judge answers in its place, if it is there, and if it does not return nil.
+	judge func(call) *admissionv1.AdmissionResponse
 }
 
 // of returns the calls about a pod, of some of the configurations, in their order.
@@ -324,43 +330,72 @@ func (r *recorder) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 	r.mu.Lock()
 	r.calls[asked.Namespace+"/"+name] = append(r.calls[asked.Namespace+"/"+name], c)
 	r.mu.Unlock()
+	response := &admissionv1.AdmissionResponse{Allowed: true}
+	if r.judge != nil {
+		response = cmp.Or(r.judge(c), response)
+	}
+	response.UID = asked.UID
 	w.Header().Set("Content-Type", "application/json")
-	_ = json.NewEncoder(w).Encode(admissionv1.AdmissionReview{
-		TypeMeta: review.TypeMeta, Response: &admissionv1.AdmissionResponse{UID: asked.UID, Allowed: true},
-	})
+	_ = json.NewEncoder(w).Encode(admissionv1.AdmissionReview{TypeMeta: review.TypeMeta, Response: response})
 }
 
-// overridesInAudit returns what the policy has written about overrides into the audit log, by the pods' names.
-func (s *apiServer) overridesInAudit(t *testing.T) map[string]string {
+// The audit annotations with the decision of the guard's webhook, and with the reason that the policy has found for an override.
+const (
+	webhookDecision = "force-delete.eni-guard.io/decision"
+	policyReason    = "override.eni-guard.io/override-reason"
+)
+
+// auditEvent is what is read here of an event of the audit log.
+type auditEvent struct {
+	ObjectRef      struct{ Name string }
+	Annotations    map[string]string
+	ResponseStatus struct {
+		Code    int
+		Message string
+	}
+}
+
+// audited returns what is in the audit log so far.
+func (s *apiServer) audited(t *testing.T) []auditEvent {
 	t.Helper()
 	log, err := os.ReadFile(s.auditLog)
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		t.Fatal(err)
 	}
-	reasons := map[string]string{}
+	var events []auditEvent
 	for line := range bytes.Lines(log) {
-		var event struct {
-			ObjectRef   struct{ Name string }
-			Annotations map[string]string
+		if !bytes.HasSuffix(line, []byte("\n")) {
+			break // it is still being written
 		}
+		var event auditEvent
 		if err := json.Unmarshal(line, &event); err != nil {
 			t.Fatalf("%v in an audit event: %s", err, line)
 		}
-		if reason, found := event.Annotations["override.eni-guard.io/override-reason"]; found {
+		events = append(events, event)
+	}
+	return events
+}
+
+// overridesInAudit returns what the policy has written about overrides into the audit log, by the pods' names.
+func (s *apiServer) overridesInAudit(t *testing.T) map[string]string {
+	t.Helper()
+	reasons := map[string]string{}
+	for _, event := range s.audited(t) {
+		if reason, found := event.Annotations[policyReason]; found {
 			reasons[event.ObjectRef.Name] = reason
 		}
 	}
 	return reasons
 }
 
-// inForce waits for what takes the API server a moment.
-func inForce(t *testing.T, condition func() bool) {
+// await waits for what takes the API server a moment.
+func await(t *testing.T, what string, condition func() bool) {
 	t.Helper()
 	err := wait.PollUntilContextTimeout(t.Context(), 50*time.Millisecond, 30*time.Second, true, func(context.Context) (bool, error) {
 		return condition(), nil
 	})
 	if err != nil {
-		t.Fatalf("the configurations, the policy and the users' rights do not come into force: %v", err)
+		t.Fatalf("waiting for %s: %v", what, err)
 	}
 }
 

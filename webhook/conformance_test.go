@@ -87,7 +87,7 @@ func (s *apiServer) waitForAdmission(t *testing.T) {
 	plain, overridden := storedPod(callsNamespace, "probe"), storedPod(callsNamespace, "probe-overridden")
 	overridden.Annotations = map[string]string{OverrideAnnotation: "a probe"}
 	s.store(t, plain, overridden)
-	inForce(t, func() bool {
+	await(t, "the configurations, the policy and the users' rights to come into force", func() bool {
 		for _, pod := range []*corev1.Pod{plain, overridden} {
 			r := deletion(PathDelete, 0)(pod)
 			r.user, r.query["dryRun"], r.query["gracePeriodSeconds"], r.body = bob.name, metav1.DryRunAll, "0", nil
