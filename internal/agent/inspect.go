@@ -502,54 +502,99 @@ func (i *Inspector) holdersOf(ctx context.Context, ip netip.Addr) answer {
 // confirmAfter is the pause between the two looks that a leftover must be seen in: what is being made or taken down is not.
 const confirmAfter = time.Second
 
-// everything answers what is left on the node of pods that are gone, and which addresses are there twice.
-func (i *Inspector) everything(ctx context.Context, pods func(context.Context) (known map[string]bool, from string, err error)) answer {
-	a := answer{All: true}
-	elsewhere := false // whoever was asked about pods knows none of those that are here
-	look := func() (survey, []Trace, []SharedAddress) {
-		s := i.surveyInTime(ctx)
-		traces := s.traces()
-		known, from, err := pods(ctx)
-		a.ComparedBy, a.NotCompared = from, text(err)
-		if err != nil {
-			return s, leftovers(traces, s.runtimeAnswered(), nil), sharedAddresses(traces)
-		}
-		elsewhere = len(s.records.sandboxes) > 0 && !slices.ContainsFunc(s.records.sandboxes, func(r podSandbox) bool { return known[r.pod.UID] })
-		return s, leftovers(traces, s.runtimeAnswered(), func(uid string) bool { return known[uid] }), sharedAddresses(traces)
+const stillChanging = "what is left went on changing from one look to the next, a second later: ask again, or give it more time with --timeout"
+
+// glance is what one look at all of the node has found of what is left, or there twice.
+type glance struct {
+	survey
+	left   []Trace
+	shared []SharedAddress
+	// comparedBy and notCompared are as in answer.
+	comparedBy, notCompared string
+	// elsewhere says that whoever was asked about pods knows none of those that are here.
+	elsewhere bool
+}
+
+// failed says what it could not see.
+func (g glance) failed() []string {
+	failures := g.failures()
+	if g.notCompared != "" {
+		failures = append(failures, "the pods of the API server: "+g.notCompared)
 	}
-	s, found, shared := look()
-	changed := ""
-	if len(found)+len(shared) > 0 {
+	return failures
+}
+
+// in returns what both have found.
+func (g glance) in(before glance) (left []Trace, shared []SharedAddress) {
+	left = slices.DeleteFunc(slices.Clone(g.left), func(t Trace) bool { return !slices.ContainsFunc(before.left, t.same) })
+	shared = slices.DeleteFunc(slices.Clone(g.shared), func(s SharedAddress) bool {
+		return !slices.ContainsFunc(before.shared, func(b SharedAddress) bool { return b.IP == s.IP })
+	})
+	return left, shared
+}
+
+// glance looks once.
+func (i *Inspector) glance(ctx context.Context, pods func(context.Context) (known map[string]bool, from string, err error)) glance {
+	g := glance{survey: i.surveyInTime(ctx)}
+	traces := g.traces()
+	known, from, err := pods(ctx)
+	g.comparedBy, g.notCompared, g.shared = from, text(err), sharedAddresses(traces)
+	if err != nil {
+		g.left = leftovers(traces, g.runtimeAnswered(), nil)
+		return g
+	}
+	g.left = leftovers(traces, g.runtimeAnswered(), func(uid string) bool { return known[uid] })
+	g.elsewhere = len(g.records.sandboxes) > 0 && !slices.ContainsFunc(g.records.sandboxes, func(r podSandbox) bool { return known[r.pod.UID] })
+	return g
+}
+
+// everything answers what is left on the node of pods that are gone, and which addresses are there twice: what two looks have found, one after the
+// other. Where the second has found more, it looks again, if ctx has a deadline and while that is far enough away.
+func (i *Inspector) everything(ctx context.Context, pods func(context.Context) (known map[string]bool, from string, err error)) answer {
+	var found []Trace
+	var shared []SharedAddress
+	var stopped []string // why what is unconfirmed was not looked at again
+	last := i.glance(ctx, pods)
+	unconfirmed := len(last.left) + len(last.shared)
+	deadline, _ := ctx.Deadline()
+	// After the pause as much is left for a further look, which may take a half of it, and for telling.
+	for second := true; unconfirmed > 0 && (second || time.Until(deadline) > 2*confirmAfter); second = false {
 		select {
 		case <-time.After(confirmAfter):
 		case <-ctx.Done():
 		}
-		var again []Trace
-		before, sharedBefore := found, shared
-		s, again, shared = look()
-		found = slices.DeleteFunc(slices.Clone(again), func(t Trace) bool { return !slices.ContainsFunc(before, t.same) })
-		if len(found) < len(again) {
-			changed = "what is left changed between two looks, a second apart: ask again"
+		looking, cancel := ctx, context.CancelFunc(func() {})
+		if !second {
+			looking, cancel = part(ctx, 1, 2)
 		}
-		shared = slices.DeleteFunc(shared, func(s SharedAddress) bool {
-			return !slices.ContainsFunc(sharedBefore, func(b SharedAddress) bool { return b.IP == s.IP })
-		})
+		next := i.glance(looking, pods)
+		cancel()
+		if !second && len(next.failed()) > len(last.failed()) {
+			stopped = next.failed() // it would hide what is confirmed
+			break
+		}
+		found, shared = next.in(last)
+		unconfirmed = len(next.left) - len(found) + len(next.shared) - len(shared)
+		last = next
 	}
+	a := answer{All: true, ComparedBy: last.comparedBy, NotCompared: last.notCompared, Failures: last.failures()}
 	// On the right node this is rare: most have a DaemonSet's pod.
-	if elsewhere && slices.ContainsFunc(found, func(t Trace) bool { return t.Leftover == leftoverOfGonePod }) {
+	if last.elsewhere && slices.ContainsFunc(found, func(t Trace) bool { return t.Leftover == leftoverOfGonePod }) {
 		a.NextStep = fmt.Sprintf("before anything else, make sure that this is node %s (--node-name), of the cluster that was asked (--kubeconfig): "+
 			"of all pods that the runtime knows, the API server has none there", i.node)
 	}
-	a.Failures = s.failures()
-	if changed != "" {
-		a.Failures = append(a.Failures, changed)
+	switch {
+	case len(stopped) > 0:
+		a.Failures = append(a.Failures, "what is left was changing, and could not be looked at again: "+strings.Join(stopped, "; "))
+	case unconfirmed > 0:
+		a.Failures = append(a.Failures, stillChanging)
 	}
 	for _, t := range found {
-		a.Leftovers = append(a.Leftovers, i.told(ctx, s, t, &a))
+		a.Leftovers = append(a.Leftovers, i.told(ctx, last.survey, t, &a))
 	}
 	for _, address := range shared {
 		for n, t := range address.Holders {
-			address.Holders[n] = i.told(ctx, s, t, &a)
+			address.Holders[n] = i.told(ctx, last.survey, t, &a)
 		}
 		a.Shared = append(a.Shared, address)
 	}

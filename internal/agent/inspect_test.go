@@ -254,7 +254,7 @@ func TestInspectByName(t *testing.T) {
 	}
 }
 
-// Everything that is left: what the two looks of it have in common, and compared with what the API server has, if that can be asked.
+// Everything that is left: what the last two looks of it have in common, and compared with what the API server has, if that can be asked.
 func TestEverything(t *testing.T) {
 	web := podSandbox{id: "s1", ready: true, pod: sandbox.Pod{Namespace: "shop", Name: "web-0", UID: podUID}, details: details{netnsPath: "/run/netns/closed"}}
 	next := web
@@ -268,6 +268,29 @@ func TestEverything(t *testing.T) {
 			return known, "kubeconfig x", nil
 		}
 	}
+	// only answers some times.
+	only := func(times int, pods func(context.Context) (map[string]bool, string, error)) func(context.Context) (map[string]bool, string, error) {
+		return func(ctx context.Context) (map[string]bool, string, error) {
+			if times--; times < 0 {
+				return nil, "", errors.New("connection refused")
+			}
+			return pods(ctx)
+		}
+	}
+	// hanging hangs where pods fails.
+	hanging := func(pods func(context.Context) (map[string]bool, string, error)) func(context.Context) (map[string]bool, string, error) {
+		return func(ctx context.Context) (map[string]bool, string, error) {
+			known, from, err := pods(ctx)
+			if err != nil {
+				<-ctx.Done()
+				err = ctx.Err()
+			}
+			return known, from, err
+		}
+	}
+	third := web
+	third.pod.UID = "0e0d5ce6-6a6c-4c5b-9f6c-333333333333"
+	noAnswer := []podSandbox{{id: "no answer"}}
 	for _, test := range []struct {
 		name      string
 		looks     [][]podSandbox // what the runtime has at one look after the other
@@ -276,16 +299,24 @@ func TestEverything(t *testing.T) {
 		compared  bool
 		verdict   sandbox.Verdict
 		elsewhere bool // another node, or cluster, may have been asked about
+		failure   string
 	}{
-		{"nothing is there", [][]podSandbox{nil}, has(), 0, true, sandbox.Released, false},
-		{"a pod that the API server has", [][]podSandbox{{web}}, has(podUID), 0, true, sandbox.Released, false},
-		{"one that it does not have", [][]podSandbox{{web}, {web}}, has(), 1, true, sandbox.Bound, true},
-		{"the same beside one that it has", [][]podSandbox{{web, next}, {web, next}}, has(otherUID), 1, true, sandbox.Bound, false},
-		{"one that has gone a second later", [][]podSandbox{{web}, nil}, has(), 0, true, sandbox.Released, false},
-		{"another one a second later", [][]podSandbox{{web}, {next}}, has(), 0, true, sandbox.Unknown, false},
+		{"nothing is there", [][]podSandbox{nil}, has(), 0, true, sandbox.Released, false, ""},
+		{"a pod that the API server has", [][]podSandbox{{web}}, has(podUID), 0, true, sandbox.Released, false, ""},
+		{"one that it does not have", [][]podSandbox{{web}, {web}}, has(), 1, true, sandbox.Bound, true, ""},
+		{"the same beside one that it has", [][]podSandbox{{web, next}, {web, next}}, has(otherUID), 1, true, sandbox.Bound, false, ""},
+		{"one that has gone a second later", [][]podSandbox{{web}, nil}, has(), 0, true, sandbox.Released, false, ""},
+		{"another one a second later, which stays", [][]podSandbox{{web}, {next}, {next}}, has(), 1, true, sandbox.Bound, true, ""},
+		{"another one a second later, which goes", [][]podSandbox{{web}, {next}, nil}, has(), 0, true, sandbox.Released, false, ""},
+		{"another one beside it a second later", [][]podSandbox{{web}, {web, next}, {web}}, has(), 1, true, sandbox.Bound, true, ""},
+		{"always another one", [][]podSandbox{{web}, {next}, {web}, {next}}, has(), 0, true, sandbox.Unknown, false, stillChanging},
+		{"always another one, beside one that stays", [][]podSandbox{{web}, {web, next}, {web, third}, {web, next}}, has(), 1, true, sandbox.Bound, true, stillChanging},
+		{"another one beside it, and then the runtime does not answer", [][]podSandbox{{web}, {web, next}, noAnswer}, has(), 1, true, sandbox.Bound, true, "what is left was changing, and could not be looked at again: the probe \"runtime\" did not run: it does not answer"},
+		{"another one beside it, and then the API server does not answer", [][]podSandbox{{web}, {web, next}, {web}}, only(2, has()), 1, true, sandbox.Bound, true, "what is left was changing, and could not be looked at again: the pods of the API server: connection refused"},
+		{"another one beside it, and then the API server hangs", [][]podSandbox{{web}, {web, next}, {web}}, hanging(only(2, has())), 1, true, sandbox.Bound, true, "what is left was changing, and could not be looked at again: the pods of the API server: context deadline exceeded"},
 		{"the API server cannot be asked", [][]podSandbox{{web}}, func(context.Context) (map[string]bool, string, error) {
 			return nil, "", errors.New("connection refused")
-		}, 0, false, sandbox.Unknown, false},
+		}, 0, false, sandbox.Unknown, false, ""},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -295,16 +326,28 @@ func TestEverything(t *testing.T) {
 					if len(at) > len(test.looks) {
 						return podRecords{}, errors.New("nobody should look again")
 					}
-					return podRecords{sandboxes: test.looks[len(at)-1]}, nil
+					now := test.looks[len(at)-1]
+					if len(now) > 0 && now[0].id == noAnswer[0].id {
+						return podRecords{}, errors.New("it does not answer")
+					}
+					return podRecords{sandboxes: now}, nil
 				}))
-				a := i.everything(t.Context(), test.pods)
-				if a.Verdict != test.verdict || len(a.Leftovers) != test.leftovers || (a.NotCompared == "") != test.compared || (a.ComparedBy != "") != test.compared || len(a.Failures) > 0 != (test.verdict == sandbox.Unknown && test.compared) {
+				ctx, cancel := context.WithTimeout(t.Context(), defaultTimeout)
+				defer cancel()
+				a := i.everything(ctx, test.pods)
+				if a.Verdict != test.verdict || len(a.Leftovers) != test.leftovers || (a.NotCompared == "") != test.compared || (a.ComparedBy != "") != test.compared {
 					t.Errorf("got %+v", a)
+				}
+				if got := strings.Join(a.Failures, "; "); got != test.failure {
+					t.Errorf("failures: %q", got)
+				}
+				if ctx.Err() != nil {
+					t.Error("no time is left to describe what was found")
 				}
 				if strings.Contains(a.NextStep, "make sure that this is node node-a (--node-name)") != test.elsewhere {
 					t.Errorf("next step: %q", a.NextStep)
 				}
-				if len(at) != len(test.looks) || len(at) == 2 && at[1].Sub(at[0]) < confirmAfter {
+				if len(at) != len(test.looks) || len(at) > 1 && at[len(at)-1].Sub(at[0]) < time.Duration(len(at)-1)*confirmAfter {
 					t.Errorf("looks at %v", at)
 				}
 			})
@@ -318,7 +361,7 @@ func TestEverythingThatIsThereTwice(t *testing.T) {
 	namedNamespace(t, pods)
 	namedNamespace(t, twins)
 	pods, twins = filepath.Join(netnsDir, pods), filepath.Join(netnsDir, twins)
-	pod := sandbox.Pod{Namespace: "shop", Name: "web-0", UID: podUID}
+	pod, twin := sandbox.Pod{Namespace: "shop", Name: "web-0", UID: podUID}, sandbox.Pod{Namespace: "shop", Name: "web-1", UID: otherUID}
 	for _, test := range []struct {
 		name    string
 		looks   [2][]string // the namespaces that are there
@@ -328,20 +371,22 @@ func TestEverythingThatIsThereTwice(t *testing.T) {
 	}{
 		{"both times", [2][]string{{pods, twins}, {pods, twins}}, true, 2, sandbox.Bound},
 		{"not a second later", [2][]string{{pods, twins}, {pods}}, true, 0, sandbox.Released},
-		{"only a second later", [2][]string{{pods}, {pods, twins}}, false, 0, sandbox.Bound}, // for what else is left
+		{"only a second later, and on", [2][]string{{pods}, {pods, twins}}, false, 2, sandbox.Bound}, // what else is left lets it look again
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			h := lookable(t, test.looks[0]...)
 			i := newInspector("node-a", h.Host, fakeRuntime(func(context.Context, string) (podRecords, error) {
-				return podRecords{sandboxes: []podSandbox{{id: "s1", pod: pod, details: details{netnsPath: pods}}}}, nil
+				return podRecords{sandboxes: []podSandbox{{id: "s1", pod: pod, details: details{netnsPath: pods}}, {id: "s2", pod: twin, details: details{netnsPath: twins}}}}, nil
 			}))
-			a := i.everything(t.Context(), func(context.Context) (map[string]bool, string, error) { // once a look, at its end
+			ctx, cancel := context.WithTimeout(t.Context(), defaultTimeout)
+			defer cancel()
+			a := i.everything(ctx, func(context.Context) (map[string]bool, string, error) { // once a look, at its end
 				later, err := os.ReadFile(filepath.Join(lookable(t, test.looks[1]...).Proc, "thread-self/mountinfo"))
 				if err != nil {
 					t.Fatal(err)
 				}
 				h.write(h.Proc, "thread-self/mountinfo", string(later))
-				return map[string]bool{podUID: test.known}, "kubeconfig x", nil
+				return map[string]bool{podUID: test.known, otherUID: true}, "kubeconfig x", nil
 			})
 			holders := 0
 			for _, shared := range a.Shared {
