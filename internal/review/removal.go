@@ -454,8 +454,8 @@ func (r *request) row(fields map[string]string) Removal {
 	if ips := fields["pod-ips"]; ips != "" {
 		row.Addresses = strings.Split(ips, ",")
 	}
-	if row.Reason == string(webhook.ReasonOwnKubelet) {
-		row.Decision, row.Reason, row.Inferred = SlippedPast, ReasonImpersonated, true // those of kubelets are left out
+	if row.Reason == string(webhook.ReasonOwnKubelet) && !ownKubelet(r.Event) {
+		row.Decision, row.Reason, row.Inferred = SlippedPast, ReasonImpersonated, true
 	}
 	r.askedAgain(&row)
 	return row

@@ -134,6 +134,7 @@ func TestWhatIsAForcedRemoval(t *testing.T) {
 		{"let through, and refused when asked again", first("overridden", "409", refuses+evidence), "delete denied AskedAgain node-2", Untold{}},
 		{"let through, and then no webhook: it may be marked", first("audited", "500", notCalled.ResponseStatus.Message), "delete audited First node-2", Untold{}},
 		{"let through, and refused by the webhook of somebody else", first("allowed", "409", `admission webhook "validate.example.com" denied the request: no`), "delete allowed First node-2", Untold{}},
+		{"by a kubelet, where the guard is asked about all", byKubelet(event("delete  200", "", force, "", guardHas+"exempt", guardPrefix+"reason=OwnKubelet", guardPrefix+"path=delete")), "", Untold{}},
 		{"decided, in dry run", event("delete  409", "", dry, "", guardHas+"denied", guardPrefix+"reason=SandboxBound"), "", Untold{}},
 		{"decided to be none", event("create eviction 201", "", "{}", "", guardHas+"exempt", guardPrefix+"reason=NotForced"), "", Untold{}},
 		{"an eviction", event("create eviction 201", "", evicted, ""), "eviction slipped-past NoTrace ", Untold{}},
