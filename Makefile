@@ -33,7 +33,7 @@ export GOWORK := off
 export GOFLAGS := -trimpath -buildvcs=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-unit test-chart test-conformance test-cluster test-e2e test-image test-containerd test-chaos cluster-up cluster-down install image build generate lint vulncheck bench bench-scale fuzz go FORCE
+.PHONY: help demo test test-unit test-chart test-conformance test-cluster test-e2e test-image test-containerd test-crio test-chaos cluster-up cluster-down install image build generate lint vulncheck bench bench-scale fuzz go FORCE
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -79,6 +79,11 @@ test-containerd: ## Run the tests of what depends on the container runtime, with
 			|| { echo "this was containerd $$version; the cluster is still up, for a look: make cluster-down ends it"; exit 1; }; \
 	done
 	@$(MAKE) --no-print-directory cluster-down
+
+test-crio: go bin/cluster ## Run the test of the agent with a real CRI-O, which is built for it; the cluster is down afterwards
+	@bin/cluster down
+	@bin/cluster --repo $(CURDIR) crio .cluster/crio
+	ENI_GUARD_CRIO=$(CURDIR)/.cluster/crio go test -tags crio -count=1 -timeout 10m -v -run '^TestCRIO$$' ./internal/agent
 
 cluster-up: bin/cluster ## Start a real one-node Kubernetes, anew if a part of it has died; kubeconfig in .cluster/kubeconfig
 	@$(CLUSTER) up --gc-period $(GC_PERIOD) --pool-size $(POOL_SIZE)

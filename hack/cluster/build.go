@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"time"
 
@@ -79,6 +80,44 @@ func crictl() toolset {
 		ldflags: " -X sigs.k8s.io/cri-tools/pkg/version.Version=" + crictlVersion,
 		note:    "about a minute, once",
 	}
+}
+
+// crio is CRI-O, which one test of the agent runs by itself: no cluster here has it.
+func crio() toolset {
+	return toolset{
+		name: "cri-o", version: crioVersion, module: crioModule, packages: []string{crioModule + "/cmd/crio"},
+		// Without cgo, and what that would link.
+		tags: "containers_image_ostree_stub,containers_image_openpgp,exclude_graphdriver_btrfs",
+		note: "about 4 minutes on 2 cores, once",
+	}
+}
+
+// buildCRIO builds CRI-O, if it is missing, and puts it into dir, with its helper pinns, which pins namespaces, and the images of the node.
+func buildCRIO(ctx context.Context, cfg config, dir string) error {
+	if err := installPackages(ctx, slices.Concat(hostTools, crioTools)); err != nil {
+		return err
+	}
+	if err := buildAndLink(ctx, cfg, []toolset{crio()}, dir); err != nil {
+		return err
+	}
+	if err := buildOwn(ctx, cfg); err != nil {
+		return err
+	}
+	source, err := downloadModule(ctx, crioModule, crioVersion)
+	if err != nil {
+		return err
+	}
+	sources, err := filepath.Glob(filepath.Join(source.Dir, "pinns/src/*.c"))
+	if err != nil {
+		return err
+	}
+	// As its Makefile does.
+	out, err := exec.CommandContext(ctx, "gcc", append([]string{"-std=c99", "-Os", "-o", filepath.Join(dir, "pinns")}, sources...)...).CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("building pinns v%s: %w\n%s", crioVersion, err, lastLines(string(out), 5))
+	}
+	_, err = writeNodeImages(ctx, cfg, dir)
+	return err
 }
 
 // binaryName is what a package's binary is called here.
@@ -190,12 +229,9 @@ func writeModule(ctx context.Context, dir string, set toolset) error {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
 	}
-	download := exec.CommandContext(ctx, "go", "mod", "download", "-json", set.module+"@v"+set.version)
-	download.Dir = dir
-	out, err := download.Output()
-	var info struct{ GoMod, Error string }
-	if jsonErr := json.Unmarshal(out, &info); jsonErr != nil || info.Error != "" || err != nil {
-		return fmt.Errorf("downloading %s@v%s through the Go module proxy: %w", set.module, set.version, errors.Join(err, jsonErr, errors.New(info.Error)))
+	info, err := downloadModule(ctx, set.module, set.version)
+	if err != nil {
+		return err
 	}
 	upstream, err := os.ReadFile(info.GoMod)
 	if err != nil {
@@ -209,12 +245,35 @@ func writeModule(ctx context.Context, dir string, set toolset) error {
 	if err := os.WriteFile(filepath.Join(dir, "go.mod"), mod.Bytes(), 0o644); err != nil {
 		return err
 	}
+	// What the release was built from need not be in the checksum database as well.
+	sums, err := os.ReadFile(filepath.Join(info.Dir, "go.sum"))
+	if err == nil {
+		err = os.WriteFile(filepath.Join(dir, "go.sum"), sums, 0o644)
+	}
+	if err != nil {
+		return err
+	}
 	get := []string{"get"}
 	for _, pkg := range set.packages {
 		// Without a version, go get takes the latest release and leaves the replaces behind.
 		get = append(get, pkg+"@v"+set.version)
 	}
 	return goCommand(ctx, dir, get...)
+}
+
+// module is where the go tool has put a module, as `go mod download -json` says.
+type module struct{ Dir, GoMod, Error string }
+
+// downloadModule gets a module, if it is not there yet.
+func downloadModule(ctx context.Context, path, version string) (module, error) {
+	download := exec.CommandContext(ctx, "go", "mod", "download", "-json", path+"@v"+version)
+	download.Dir = os.TempDir() // no module of its own
+	out, err := download.Output()
+	var m module
+	if jsonErr := json.Unmarshal(out, &m); jsonErr != nil || m.Error != "" || err != nil {
+		return m, fmt.Errorf("downloading %s@v%s through the Go module proxy: %w", path, version, errors.Join(err, jsonErr, errors.New(m.Error)))
+	}
+	return m, nil
 }
 
 // buildOwn builds the programs of this module that the cluster runs. The build cache makes a repeat cheap.

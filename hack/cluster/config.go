@@ -14,6 +14,8 @@ const (
 	etcdVersion       = "3.6.8"
 	helmVersion       = "4.3.1"
 	crictlVersion     = "1.37.0"
+	crioVersion       = "1.34.0"
+	crioModule        = "github.com/cri-o/cri-o"
 
 	// One cluster a machine: its names outside the checkout are fixed, so that any checkout can remove them.
 	runDir     = "/run/eni-guard-cluster"

@@ -151,13 +151,27 @@ func writeTarFile(w *tar.Writer, name string, mode int64, content []byte) error 
 
 // loadNodeImages imports the sandbox image and the image of test workloads; there is no registry to pull them from.
 func loadNodeImages(ctx context.Context, cfg config) error {
-	pause := cfg.path("images/pause.tar")
-	if err := writeImage(pause, pauseImage, content{arch: runtime.GOARCH, files: map[string]string{"/pause": cfg.binary("pause")}}); err != nil {
+	archives, err := writeNodeImages(ctx, cfg, cfg.path("images"))
+	if err != nil {
 		return err
+	}
+	for _, archive := range archives {
+		if err := load(ctx, archive); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// writeNodeImages writes these as pause.tar and busybox.tar into dir.
+func writeNodeImages(ctx context.Context, cfg config, dir string) ([]string, error) {
+	pause := filepath.Join(dir, "pause.tar")
+	if err := writeImage(pause, pauseImage, content{arch: runtime.GOARCH, files: map[string]string{"/pause": cfg.binary("pause")}}); err != nil {
+		return nil, err
 	}
 	applets, err := exec.CommandContext(ctx, busyboxBinary, "--list").Output()
 	if err != nil {
-		return fmt.Errorf("%s --list: %w", busyboxBinary, err)
+		return nil, fmt.Errorf("%s --list: %w", busyboxBinary, err)
 	}
 	links := map[string]string{}
 	for applet := range strings.FieldsSeq(string(applets)) {
@@ -165,16 +179,11 @@ func loadNodeImages(ctx context.Context, cfg config) error {
 			links["/bin/"+applet] = "busybox"
 		}
 	}
-	busybox := cfg.path("images/busybox.tar")
+	busybox := filepath.Join(dir, "busybox.tar")
 	if err := writeImage(busybox, busyboxImage, content{arch: runtime.GOARCH, files: map[string]string{"/bin/busybox": busyboxBinary}, links: links}); err != nil {
-		return err
+		return nil, err
 	}
-	for _, archive := range []string{pause, busybox} {
-		if err := load(ctx, archive); err != nil {
-			return err
-		}
-	}
-	return nil
+	return []string{pause, busybox}, nil
 }
 
 // load imports an OCI archive into the node's containerd, in the namespace the kubelet uses.

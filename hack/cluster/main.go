@@ -89,6 +89,12 @@ func newCommand() *cobra.Command {
 			},
 		},
 		&cobra.Command{
+			Use:   "crio DIR",
+			Short: "Build CRI-O, if it is missing, and put it into a directory, with its helper pinns and the images of the node",
+			Args:  cobra.ExactArgs(1),
+			RunE:  func(cmd *cobra.Command, args []string) error { return buildCRIO(cmd.Context(), cfg, args[0]) },
+		},
+		&cobra.Command{
 			Use:   "image ARCHIVE REFERENCE ARCH=BINARY...",
 			Short: "Write an OCI archive that holds one static binary as its entry point, for one or more processors, and bills of its materials beside it",
 			Args:  cobra.MinimumNArgs(3),

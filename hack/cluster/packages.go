@@ -26,6 +26,14 @@ var hostTools = []hostTool{
 	{busyboxBinary, "busybox-static"},
 }
 
+// crioTools are what CRI-O takes from the distribution beside hostTools, and what a program in C is built with.
+var crioTools = []hostTool{
+	{"conmon", "conmon"},
+	{"skopeo", "skopeo"}, // puts images into its storage
+	{"gcc", "gcc"},
+	{"gencat", "libc6-dev"}, // of a package that comes with it
+}
+
 const (
 	loopbackPlugin = "/usr/lib/cni/loopback"
 	busyboxBinary  = "/bin/busybox"
