@@ -533,11 +533,13 @@ func (g glance) in(before glance) (left []Trace, shared []SharedAddress) {
 	return left, shared
 }
 
-// glance looks once.
+// glance looks once. It leaves some of the time: an API server that hangs must not hide what is left.
 func (i *Inspector) glance(ctx context.Context, pods func(context.Context) (known map[string]bool, from string, err error)) glance {
 	g := glance{survey: i.surveyInTime(ctx)}
 	traces := g.traces()
-	known, from, err := pods(ctx)
+	asking, cancel := part(ctx, 1, 2)
+	defer cancel()
+	known, from, err := pods(asking)
 	g.comparedBy, g.notCompared, g.shared = from, text(err), sharedAddresses(traces)
 	if err != nil {
 		g.left = leftovers(traces, g.runtimeAnswered(), nil)
@@ -553,12 +555,16 @@ func (i *Inspector) glance(ctx context.Context, pods func(context.Context) (know
 func (i *Inspector) everything(ctx context.Context, pods func(context.Context) (known map[string]bool, from string, err error)) answer {
 	var found []Trace
 	var shared []SharedAddress
-	var stopped []string // why what is unconfirmed was not looked at again
+	var stopped []string // why what is unconfirmed was not seen again
 	last := i.glance(ctx, pods)
 	unconfirmed := len(last.left) + len(last.shared)
-	deadline, _ := ctx.Deadline()
+	deadline, limited := ctx.Deadline()
 	// After the pause as much is left for a further look, which may take a half of it, and for telling.
 	for second := true; unconfirmed > 0 && (second || time.Until(deadline) > 2*confirmAfter); second = false {
+		if limited && time.Until(deadline) < confirmAfter+confirmAfter/10 {
+			stopped = []string{"there was no time for a second look, a second later: give it more with --timeout"}
+			break
+		}
 		select {
 		case <-time.After(confirmAfter):
 		case <-ctx.Done():
@@ -570,7 +576,7 @@ func (i *Inspector) everything(ctx context.Context, pods func(context.Context) (
 		next := i.glance(looking, pods)
 		cancel()
 		if !second && len(next.failed()) > len(last.failed()) {
-			stopped = next.failed() // it would hide what is confirmed
+			stopped = append([]string{"a further look failed"}, next.failed()...) // it would hide what is confirmed
 			break
 		}
 		found, shared = next.in(last)
@@ -585,7 +591,7 @@ func (i *Inspector) everything(ctx context.Context, pods func(context.Context) (
 	}
 	switch {
 	case len(stopped) > 0:
-		a.Failures = append(a.Failures, "what is left was changing, and could not be looked at again: "+strings.Join(stopped, "; "))
+		a.Failures = append(a.Failures, fmt.Sprintf("not all that was seen (%d more) is confirmed: %s", unconfirmed, strings.Join(stopped, "; ")))
 	case unconfirmed > 0:
 		a.Failures = append(a.Failures, stillChanging)
 	}
