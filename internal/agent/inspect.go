@@ -81,7 +81,7 @@ has found; 64 wrong usage.`,
 	flags.StringVar(&o.node, "node-name", nodeName(), "the name of this node in Kubernetes (or the environment variable NODE_NAME; otherwise that of the host)")
 	flags.StringVar(&o.criSocket, "cri-socket", defaultCRISocket(), criSocketUsage)
 	flags.StringVar(&o.kubeconfig, "kubeconfig", "", "for --all: how to reach the API server, such as /etc/kubernetes/kubelet.conf on many nodes; not needed in the agent's pod")
-	flags.DurationVar(&o.timeout, "timeout", defaultTimeout, "how long to look, up to "+maxTimeout.String())
+	flags.DurationVar(&o.timeout, "timeout", defaultTimeout, "how long to look, up to "+maxTimeout.String()+"; --all looks twice, a second apart")
 	return cmd
 }
 
@@ -533,7 +533,7 @@ func (g glance) in(before glance) (left []Trace, shared []SharedAddress) {
 	return left, shared
 }
 
-// glance looks once. It leaves some of the time: an API server that hangs must not hide what is left.
+// glance looks once. It leaves a quarter of the time: neither a runtime nor an API server that hangs may hide what is left.
 func (i *Inspector) glance(ctx context.Context, pods func(context.Context) (known map[string]bool, from string, err error)) glance {
 	g := glance{survey: i.surveyInTime(ctx)}
 	traces := g.traces()
@@ -559,7 +559,7 @@ func (i *Inspector) everything(ctx context.Context, pods func(context.Context) (
 	last := i.glance(ctx, pods)
 	unconfirmed := len(last.left) + len(last.shared)
 	deadline, limited := ctx.Deadline()
-	// After the pause as much is left for a further look, which may take a half of it, and for telling.
+	// After the pause as much is left for a further look, and for telling what was found.
 	for second := true; unconfirmed > 0 && (second || time.Until(deadline) > 2*confirmAfter); second = false {
 		if limited && time.Until(deadline) < confirmAfter+confirmAfter/10 {
 			stopped = []string{"there was no time for a second look, a second later: give it more with --timeout"}
@@ -569,12 +569,7 @@ func (i *Inspector) everything(ctx context.Context, pods func(context.Context) (
 		case <-time.After(confirmAfter):
 		case <-ctx.Done():
 		}
-		looking, cancel := ctx, context.CancelFunc(func() {})
-		if !second {
-			looking, cancel = part(ctx, 1, 2)
-		}
-		next := i.glance(looking, pods)
-		cancel()
+		next := i.glance(ctx, pods)
 		if !second && len(next.failed()) > len(last.failed()) {
 			stopped = append([]string{"a further look failed"}, next.failed()...) // it would hide what is confirmed
 			break
@@ -591,7 +586,7 @@ func (i *Inspector) everything(ctx context.Context, pods func(context.Context) (
 	}
 	switch {
 	case len(stopped) > 0:
-		a.Failures = append(a.Failures, fmt.Sprintf("not all that was seen (%d more) is confirmed: %s", unconfirmed, strings.Join(stopped, "; ")))
+		a.Failures = append(a.Failures, fmt.Sprintf("of what was seen, %d is not confirmed: %s", unconfirmed, strings.Join(stopped, "; ")))
 	case unconfirmed > 0:
 		a.Failures = append(a.Failures, stillChanging)
 	}

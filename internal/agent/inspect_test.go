@@ -311,9 +311,9 @@ func TestEverything(t *testing.T) {
 		{"another one beside it a second later", [][]podSandbox{{web}, {web, next}, {web}}, has(), 1, true, sandbox.Bound, true, ""},
 		{"always another one", [][]podSandbox{{web}, {next}, {web}, {next}}, has(), 0, true, sandbox.Unknown, false, stillChanging},
 		{"always another one, beside one that stays", [][]podSandbox{{web}, {web, next}, {web, third}, {web, next}}, has(), 1, true, sandbox.Bound, true, stillChanging},
-		{"another one beside it, and then the runtime does not answer", [][]podSandbox{{web}, {web, next}, noAnswer}, has(), 1, true, sandbox.Bound, true, "not all that was seen (1 more) is confirmed: a further look failed; the probe \"runtime\" did not run: it does not answer"},
-		{"another one beside it, and then the API server does not answer", [][]podSandbox{{web}, {web, next}, {web}}, only(2, has()), 1, true, sandbox.Bound, true, "not all that was seen (1 more) is confirmed: a further look failed; the pods of the API server: connection refused"},
-		{"another one beside it, and then the API server hangs", [][]podSandbox{{web}, {web, next}, {web}}, hanging(only(2, has())), 1, true, sandbox.Bound, true, "not all that was seen (1 more) is confirmed: a further look failed; the pods of the API server: context deadline exceeded"},
+		{"another one beside it, and then the runtime does not answer", [][]podSandbox{{web}, {web, next}, noAnswer}, has(), 1, true, sandbox.Bound, true, "of what was seen, 1 is not confirmed: a further look failed; the probe \"runtime\" did not run: it does not answer"},
+		{"another one beside it, and then the API server does not answer", [][]podSandbox{{web}, {web, next}, {web}}, only(2, has()), 1, true, sandbox.Bound, true, "of what was seen, 1 is not confirmed: a further look failed; the pods of the API server: connection refused"},
+		{"another one beside it, and then the API server hangs", [][]podSandbox{{web}, {web, next}, {web}}, hanging(only(2, has())), 1, true, sandbox.Bound, true, "of what was seen, 1 is not confirmed: a further look failed; the pods of the API server: context deadline exceeded"},
 		{"the API server hangs", [][]podSandbox{{web}}, hanging(only(0, has())), 0, false, sandbox.Unknown, false, ""},
 		{"the API server cannot be asked", [][]podSandbox{{web}}, func(context.Context) (map[string]bool, string, error) {
 			return nil, "", errors.New("connection refused")
@@ -366,7 +366,7 @@ func TestEverythingInTooLittleTime(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), confirmAfter)
 		defer cancel()
 		a := i.everything(ctx, func(context.Context) (map[string]bool, string, error) { return nil, "kubeconfig x", nil })
-		want := []string{"not all that was seen (1 more) is confirmed: there was no time for a second look, a second later: give it more with --timeout"}
+		want := []string{"of what was seen, 1 is not confirmed: there was no time for a second look, a second later: give it more with --timeout"}
 		if a.Verdict != sandbox.Unknown || !slices.Equal(a.Failures, want) || a.NotCompared != "" {
 			t.Errorf("got %+v", a)
 		}
