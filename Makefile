@@ -66,7 +66,7 @@ test-cluster: go bin/cluster ## Test hack/cluster: eni-sim, stuckfs, and that cl
 	go -C hack/cluster test -timeout 15m -p 1 ./...
 
 test-e2e: install ## Run the end-to-end tests on the cluster
-	go test -count=1 -timeout 30m -parallel 12 -v ./test/e2e
+	go test -count=1 -timeout 45m -parallel 12 -v ./test/e2e
 
 test-chaos: install ## Break every part under load, and look from outside whether a pod's object goes before its sandbox
 	go test -count=1 -timeout 40m -v ./test/e2e/chaos -args -length $(CHAOS_LENGTH) -seed $(CHAOS_SEED)
