@@ -24,7 +24,7 @@ var notRun = map[string]string{
 	"kubectl logs -n kube-system kube-apiserver-NODE | eni-guard audit": "the API server of this cluster is no pod",
 	// All replicas end, and the certificates are lost.
 	"kubectl scale -n eni-guard deployment/eni-guard-webhook --replicas=0":                                           byCertificates,
-	"kubectl wait -n eni-guard --for=delete pod -l app.kubernetes.io/component=webhook":                              byCertificates,
+	"kubectl wait -n eni-guard --for=delete --timeout=2m pod -l app.kubernetes.io/component=webhook":                 byCertificates,
 	"kubectl delete secret -n eni-guard eni-guard-ca eni-guard-webhook-tls eni-guard-client-tls eni-guard-agent-tls": byCertificates,
 	"kubectl scale -n eni-guard deployment/eni-guard-webhook --replicas=2":                                           byCertificates,
 	"kubectl rollout restart -n eni-guard daemonset/eni-guard-agent":                                                 byCertificates,
