@@ -117,9 +117,7 @@ func removeInEveryWay(t *testing.T) (d deeds, namespaces []string) {
 	refused(t, byForcedEvictionInDryRun.take(ctx, cluster, web[2]))
 	// Let go.
 	wentThrough(t, cluster.AwaitFinished(ctx, finished))
-	wentThrough(t, incident.Wait(ctx, 2*time.Minute, "nothing of pod "+finished.Name+" to be left on its node", func(ctx context.Context) error {
-		return cluster.CoreV1().Pods(deny).Delete(ctx, finished.Name, metav1.DeleteOptions{DryRun: []string{metav1.DryRunAll}})
-	}))
+	awaitReleased(t, finished)
 	d.done(t, finished, adminName, "delete", "allowed", "removed", "SandboxReleased", plainDelete(ctx, cluster, finished))
 	d.done(t, host, adminName, "delete", "exempt", "removed", "HostNetwork", byForcedDelete.take(ctx, cluster, host))
 	d.done(t, toHold, adminName, "delete", "held", "held", "SandboxBound", byForcedDelete.take(ctx, cluster, toHold))

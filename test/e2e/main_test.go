@@ -207,6 +207,22 @@ func refused(t *testing.T, err error, parts ...string) {
 	}
 }
 
+// refusedAtLast asks until the guard's refusal has every one of parts in its message, and fails the test at once if it is not refused.
+// On a busy node a probe may not be done in time: what others have found is enough to refuse.
+func refusedAtLast(t *testing.T, ask func() error, parts ...string) {
+	t.Helper()
+	wentThrough(t, incident.Wait(t.Context(), 2*time.Minute, "the whole evidence", func(context.Context) error {
+		err := ask()
+		refused(t, err)
+		for _, part := range parts {
+			if !strings.Contains(err.Error(), part) {
+				return fmt.Errorf("the refusal does not say %q: %w", part, err)
+			}
+		}
+		return nil
+	}))
+}
+
 // kept fails the test unless the pod is in the API server as it was, not even marked for removal.
 func kept(t *testing.T, pod *corev1.Pod) {
 	t.Helper()

@@ -51,8 +51,10 @@ func agentToken(t *testing.T) string {
 				continue
 			}
 			token, err := os.ReadFile(fmt.Sprintf("/proc/%d/root/var/run/secrets/kubernetes.io/serviceaccount/token", process.PID))
-			wentThrough(t, err)
-			return string(token)
+			// What another test runs in the agent's container, or the container of an agent that has ended, may be gone by now.
+			if err == nil {
+				return string(token)
+			}
 		}
 	}
 	t.Fatal("no agent runs")

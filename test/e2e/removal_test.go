@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -38,9 +39,9 @@ func webhookCalls(t *testing.T) int {
 
 func TestForcedDeleteOfARunningPodIsRefused(t *testing.T) {
 	pod := sleeper(t, namespace(t), "web-0", nil)
-	refused(t, forceDelete(t, pod), "pod "+pod.Namespace+"/web-0 is still alive on node node-1: container app ", "address "+pod.Status.PodIP+" still in use", "--now")
+	refusedAtLast(t, func() error { return forceDelete(t, pod) }, "pod "+pod.Namespace+"/web-0 is still alive on node node-1: container app ", "address "+pod.Status.PodIP+" still in use", "--now")
 	kept(t, pod)
-	expectRecord(t, pod, "denied", "bound", "SandboxBound")
+	decided(t, pod, "deny delete denied bound SandboxBound")
 }
 
 // A graceful delete and the kubelet's own must not depend on the guard: neither makes a call.
@@ -62,10 +63,13 @@ func TestGracefulDeletesNeverReachTheWebhook(t *testing.T) {
 	}
 	// The kubelet's deletes are in the audit log, so the guard was left out of them, not the kubelet out of the picture.
 	for _, pod := range pods {
-		events, err := cluster.Removals(pod)
-		if err != nil || len(events) != 2 {
-			t.Errorf("%d deletes in the audit log (%v), want the graceful one and the kubelet's", len(events), err)
-		}
+		wentThrough(t, incident.Wait(t.Context(), time.Minute, "the deletes to be in the audit log", func(context.Context) error {
+			events, err := cluster.Removals(pod)
+			if err == nil && !slices.ContainsFunc(events, func(e incident.AuditEvent) bool { return e.User.Username == "system:node:"+incident.Node }) {
+				err = fmt.Errorf("there are %d, and none of the kubelet", len(events))
+			}
+			return err
+		}))
 	}
 	// The counter does count.
 	refused(t, forceDelete(t, sleeper(t, namespace(t), "web-1", nil)))
@@ -119,13 +123,14 @@ func TestAFinishedPodCanBeDeleted(t *testing.T) {
 
 // givenAway says whether what the guard has found last of a finished pod is only a namespace that no sandbox is recorded for: that of
 // another pod in the making, which may have been given the address. Whose it is cannot be told at that moment, and so the removal
-// is taken for one of a pod that is bound, or may be.
+// is taken for one of a pod that is bound, or may be. On a busy node it may also be that a probe was not done in time.
 func givenAway(t *testing.T, pod *corev1.Pod) bool {
 	t.Helper()
 	all := records(t, pod)
 	last := all[len(all)-1].fields
-	return last["verdict"] == "bound" && strings.HasPrefix(last["evidence"], "address "+pod.Status.PodIP+" is on ") ||
-		last["verdict"] == "unknown" && strings.Contains(last["evidence"], "may be in the making")
+	found := last["evidence"]
+	return last["verdict"] == "unknown" || last["verdict"] == "bound" && strings.Contains(found, "address "+pod.Status.PodIP+" is on ") &&
+		!strings.Contains(found, "container ") && !strings.Contains(found, "sandbox ")
 }
 
 // finished returns a pod that has run to its end.
@@ -225,7 +230,10 @@ func TestAMarkedPodIsJudgedAgain(t *testing.T) {
 		pod := finished(t, ns, func(p *corev1.Pod) { p.Finalizers = []string{"example.com/keep"} })
 		defer kubectl(t, ns, "patch", "pod", pod.Name, "--type=json", `-p=[{"op":"remove","path":"/metadata/finalizers"}]`)
 		awaitReleased(t, pod)
-		wentThrough(t, plainDelete(t.Context(), cluster, pod))
+		// Its address may be another pod's by now, which the runtime does not know yet.
+		wentThrough(t, incident.Wait(t.Context(), 2*time.Minute, "the first delete to go through", func(ctx context.Context) error {
+			return plainDelete(ctx, cluster, pod)
+		}))
 		count := len(records(t, pod))
 		// The guard remembers for two seconds what it has said of one removal.
 		wentThrough(t, incident.Wait(t.Context(), 2*time.Minute, "a delete of a pod that carries grace period 0 to be judged", func(ctx context.Context) error {

@@ -92,7 +92,7 @@ func (w way) ofARunningPod(t *testing.T) {
 			wentThrough(t, cluster.CoreV1().Pods(ns).Delete(t.Context(), pod.Name, metav1.DeleteOptions{GracePeriodSeconds: new(int64(1))}))
 		case "hold":
 			wentThrough(t, err)
-			isHeld(t, pod)
+			wasHeld(t, pod)
 			decided(t, pod, "hold "+w.path+" held bound SandboxBound")
 			api.warned(t, "held until its node has let go of it: pod "+ns+"/web-0 is still alive on node node-1")
 			// The mark tells the kubelet to end it, and a process that can be killed does not keep it for long.
@@ -202,7 +202,9 @@ func TestANodeThatCannotBeAskedCountsAsBound(t *testing.T) {
 	}
 	for mode, at := range terrains {
 		for _, process := range incident.Processes(at.terminating) {
-			wentThrough(t, syscall.Kill(process.PID, syscall.SIGKILL))
+			if err := syscall.Kill(process.PID, syscall.SIGKILL); !errors.Is(err, syscall.ESRCH) {
+				wentThrough(t, err)
+			}
 		}
 		if mode == "deny" {
 			wentThrough(t, giveTime(t.Context(), at.ns))
@@ -283,7 +285,7 @@ func TestATerminatingStuckPod(t *testing.T) {
 			if w.path == "eviction" {
 				code, reason = http.StatusTooManyRequests, metav1.StatusReasonTooManyRequests
 			}
-			refusedWith(t, err, code, reason, fmt.Sprintf("process %d (dd) is in state D", process.PID), "address "+pod.Status.PodIP+" still in use")
+			refusedWith(t, err, code, reason, "is still alive on node node-1: ")
 			// With a Retry-After client-go would repeat the request by itself, up to ten times.
 			if answers := api.heard(); len(answers) != 1 || answers[0].Get("Retry-After") != "" {
 				t.Errorf("%s: %d requests, the first answered with %v", name, len(answers), answers[0])
@@ -292,6 +294,7 @@ func TestATerminatingStuckPod(t *testing.T) {
 			// A finalizer can no longer be added, so that mode hold refuses too.
 			sameMarks(t, before)
 		}
+		refusedAtLast(t, func() error { return forceDelete(t, pod) }, fmt.Sprintf("process %d (dd) is in state D", process.PID), "address "+pod.Status.PodIP+" still in use")
 		// Without grace period 0 an eviction changes nothing, and is none of the guard's business: so a drain goes on.
 		wentThrough(t, evict(t.Context(), cluster, pod, nil))
 		decided(t, pod, mode+" eviction exempt not-asked NotForced")
@@ -388,14 +391,19 @@ func TestPlainDeleteOfAStuckPodThatSomebodyCallsFailed(t *testing.T) {
 	t.Parallel()
 	inEveryMode(t, func(t *testing.T, mode, ns string) {
 		stuck := stuckFS(t, ns)
-		pod := start(t, stuck.StuckPod(ns, "web-0"))
-		process, err := incident.AwaitStuck(t.Context(), pod, "S")
-		if err != nil {
-			t.Fatal(err)
-		}
-		writePhase(t, pod, corev1.PodFailed)
+		var pod *corev1.Pod
+		var process incident.Process
+		var err error
 		api := callAs(t, "")
-		err = plainDelete(t.Context(), api, pod)
+		// The kubelet writes the phase anew now and then. A delete that comes after that is a graceful one, and not judged.
+		for try := 0; pod == nil || err == nil && len(records(t, pod)) == 0 && try < 5; try++ {
+			pod = start(t, stuck.StuckPod(ns, fmt.Sprintf("web-%d", try)))
+			if process, err = incident.AwaitStuck(t.Context(), pod, "S"); err != nil {
+				t.Fatal(err)
+			}
+			writePhase(t, pod, corev1.PodFailed)
+			err = plainDelete(t.Context(), api, pod)
+		}
 		switch mode {
 		case "deny":
 			refused(t, err, "is still alive on node node-1")
@@ -465,6 +473,7 @@ func TestAddingTheLabelThatFreesTheAddress(t *testing.T) {
 		decided(t, pod, want+" bound SandboxBound")
 		// The label once more, when the pod has it, is no change; neither is taking it away.
 		if mode == "audit" {
+			wentThrough(t, cluster.AwaitCached(t.Context(), ns, pod.Name))
 			count := len(records(t, pod))
 			kubectl(t, ns, "label", "pod", pod.Name, ignoreLabel+"=true", "--overwrite", "again=yes")
 			kubectl(t, ns, "label", "pod", pod.Name, ignoreLabel+"-")
@@ -536,13 +545,11 @@ func TestTakingTheFinalizerFromAHeldPod(t *testing.T) {
 func TestATerminalPhaseWhileBoundIsReported(t *testing.T) {
 	for _, mode := range []string{"deny", "hold", "audit"} {
 		ns := moded(t, mode)
-		pod := sleeper(t, ns, "web-0", nil)
+		// Its kubelet ends a pod of this phase; so long it is bound.
+		pod := sleeper(t, ns, "web-0", func(p *corev1.Pod) { p.Spec.TerminationGracePeriodSeconds = new(int64(10)) })
 		const metric = "eni_guard_terminal_phase_while_bound_total"
 		grown := counted(t, metric)
 		writePhase(t, pod, corev1.PodFailed)
-		if phase := read(t, pod).Status.Phase; phase != corev1.PodFailed {
-			t.Errorf("the phase is %s", phase)
-		}
 		for _, regarding := range []corev1.ObjectReference{{Kind: "Pod", Namespace: ns, Name: pod.Name, UID: pod.UID}, {Kind: "Node", Namespace: "default", Name: incident.Node, UID: incident.Node}} {
 			err := incident.Wait(t.Context(), 2*time.Minute, "an Event about the "+regarding.Kind, func(context.Context) error {
 				for _, event := range events(t, regarding.Namespace, regarding.UID) {
@@ -636,10 +643,13 @@ func onlyThis(pod *corev1.Pod) metav1.ListOptions {
 	return metav1.ListOptions{FieldSelector: "metadata.name=" + pod.Name}
 }
 
+// writePhase writes a phase as controllers do, and fails the test if the API server does not take it.
 func writePhase(t *testing.T, pod *corev1.Pod, phase corev1.PodPhase) {
 	t.Helper()
 	wentThrough(t, cluster.AwaitCached(t.Context(), pod.Namespace, pod.Name))
-	kubectl(t, pod.Namespace, "patch", "pod", pod.Name, "--subresource=status", fmt.Sprintf(`-p={"status":{"phase":%q}}`, phase))
+	if got := kubectl(t, pod.Namespace, "patch", "pod", pod.Name, "--subresource=status", fmt.Sprintf(`-p={"status":{"phase":%q}}`, phase), "--output=jsonpath={.status.phase}"); got != string(phase) {
+		t.Errorf("the phase is %s", got)
+	}
 }
 
 // kubectl runs kubectl in a namespace, and fails the test if that fails.
@@ -755,6 +765,16 @@ func isHeld(t *testing.T, pod *corev1.Pod) {
 	if grace := now.DeletionGracePeriodSeconds; now.DeletionTimestamp == nil || grace == nil || *grace != 0 || !held(now) {
 		t.Errorf("deletion %v, grace period %v, finalizers %v", now.DeletionTimestamp, grace, now.Finalizers)
 	}
+}
+
+// wasHeld is isHeld for a pod whose processes end within two seconds: by now it may have been freed.
+func wasHeld(t *testing.T, pod *corev1.Pod) {
+	t.Helper()
+	if cluster.Gone(t.Context(), pod) == nil {
+		traces(t, pod, "SandboxReleased", "is no longer held")
+		return
+	}
+	isHeld(t, pod)
 }
 
 // asItWas fails the test unless nothing of the pod has changed that the guard or a removal changes.
@@ -898,12 +918,13 @@ func (c *caller) heard() []http.Header {
 	return slices.Clone(c.answers)
 }
 
-// warned fails the test unless the caller has had exactly one warning, which begins so.
+// warned fails the test unless the caller has been warned, with nothing else than words that begin so. Another replica that judges the same
+// removal may have found something else first.
 func (c *caller) warned(t *testing.T, prefix string) {
 	t.Helper()
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if len(c.warnings) != 1 || !strings.HasPrefix(c.warnings[0], prefix) {
+	if len(c.warnings) == 0 || slices.ContainsFunc(c.warnings, func(w string) bool { return !strings.HasPrefix(w, prefix) }) {
 		t.Errorf("warnings %q, not %q", c.warnings, prefix)
 	}
 }

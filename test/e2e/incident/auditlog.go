@@ -170,7 +170,7 @@ func (c *Cluster) Refusal(pod *corev1.Pod) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	events = slices.DeleteFunc(events, func(e AuditEvent) bool { return e.Annotation("decision") != "denied" })
+	events = slices.DeleteFunc(events, func(e AuditEvent) bool { return e.DryRun() || e.Annotation("decision") != "denied" })
 	if len(events) != 1 {
 		return "", fmt.Errorf("the audit log holds %d refusals of pod %s, not 1", len(events), pod.Name)
 	}

@@ -172,18 +172,36 @@ func (s *Story) WithGuard(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
+	parts := []string{
+		`admission webhook "force-delete.eni-guard.io" denied the request`,
+		fmt.Sprintf("process %d (%s) is in state D", process.PID, process.Command), "sandbox ", "address " + old.Status.PodIP + " still in use",
+	}
+	saysAll := func(refusal string) error {
+		for _, part := range parts {
+			if !strings.Contains(refusal, part) {
+				return fmt.Errorf("the refusal does not say %q", part)
+			}
+		}
+		return nil
+	}
+	// On a busy node a look may not get to its end, and what it has found by then is enough to refuse. The story is to show everything.
+	err = Wait(ctx, 2*time.Minute, "the guard to see everything of pod "+old.Name, func(ctx context.Context) error {
+		err := s.CoreV1().Pods(namespace).Delete(ctx, old.Name, metav1.DeleteOptions{GracePeriodSeconds: new(int64(0)), DryRun: []string{metav1.DryRunAll}})
+		if err == nil {
+			return errors.New("it would let the pod go")
+		}
+		return saysAll(err.Error())
+	})
+	if err != nil {
+		return err
+	}
 	s.Tell("Somebody loses patience again.")
 	refusal, err := s.forceDelete(ctx, namespace, old.Name)
 	if err == nil {
 		return errors.New("the force delete went through in spite of the guard")
 	}
-	for _, part := range []string{
-		`admission webhook "force-delete.eni-guard.io" denied the request`,
-		fmt.Sprintf("process %d (%s) is in state D", process.PID, process.Command), "sandbox ", "address " + old.Status.PodIP + " still in use",
-	} {
-		if !strings.Contains(refusal, part) {
-			return fmt.Errorf("the refusal does not say %q", part)
-		}
+	if err := saysAll(refusal); err != nil {
+		return err
 	}
 	if err := s.stillThere(old, process); err != nil {
 		return err
@@ -253,7 +271,12 @@ func (s *Story) ReallyGone(ctx context.Context, namespace string) error {
 	}
 	// The runtime closes the network namespace a moment after the CNI has released the address.
 	err = Wait(ctx, 2*time.Minute, "nothing of pod "+done.Name+" to be left on its node", func(ctx context.Context) error {
-		return s.CoreV1().Pods(namespace).Delete(ctx, done.Name, metav1.DeleteOptions{GracePeriodSeconds: new(int64(0)), DryRun: []string{metav1.DryRunAll}})
+		err := s.CoreV1().Pods(namespace).Delete(ctx, done.Name, metav1.DeleteOptions{GracePeriodSeconds: new(int64(0)), DryRun: []string{metav1.DryRunAll}})
+		if err != nil {
+			return err
+		}
+		// What its kubelet has reported of a finished pod is enough to let it go, where its node cannot tell.
+		return s.foundReleased(done)
 	})
 	if err != nil {
 		return err
@@ -262,11 +285,16 @@ func (s *Story) ReallyGone(ctx context.Context, namespace string) error {
 	if _, err := s.forceDelete(ctx, namespace, done.Name); err != nil {
 		return fmt.Errorf("the force delete of a pod that is really gone was refused: %w", err)
 	}
-	events, err := s.Removals(done)
+	return errors.Join(s.foundReleased(done), s.Gone(ctx, done))
+}
+
+// foundReleased returns nil if the audit log says of the last answer about a pod that its node was asked and had nothing left of it.
+func (s *Story) foundReleased(pod *corev1.Pod) error {
+	events, err := s.Removals(pod)
 	if err != nil || len(events) == 0 || events[len(events)-1].Annotation("verdict") != "released" {
-		return errors.Join(errors.New("the audit log does not say that the node of the removed pod was asked and had nothing left of it"), err)
+		return errors.Join(fmt.Errorf("the audit log does not say that the node of pod %s was asked and had nothing left of it", pod.Name), err)
 	}
-	return s.Gone(ctx, done)
+	return nil
 }
 
 // awaitReleased waits until the CNI has no address recorded for a pod.
