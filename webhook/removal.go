@@ -191,10 +191,19 @@ func (r *removal) mustAddFinalizer() bool {
 
 // containersSuffice says whether what the kubelet has reported of the containers is enough where the agent cannot tell. It says
 // nothing of the sandbox, so it is enough only to let a finished pod be cleaned up: not to give up one that is held because
-// it was bound, nor one that is being deleted, which its kubelet removes by itself when the sandbox is gone; and an address is
-// never freed by a label for it.
+// it was bound, nor one that is being deleted, which its kubelet removes by itself when the sandbox is gone, unless this is a later step of
+// its removal; and an address is never freed by a label for it.
 func (r *removal) containersSuffice() bool {
-	return r.path != PathIgnoreLabel && r.pod.DeletionTimestamp == nil && !held(r.pod) && containersTerminated(r.pod)
+	return r.path != PathIgnoreLabel && (r.pod.DeletionTimestamp == nil || r.mayBeLaterStep()) && !held(r.pod) && containersTerminated(r.pod)
+}
+
+// mayBeLaterStep says whether the pod is marked for removal at once, and nothing keeps its object. Then this may be a later call of the removal
+// that has marked it, of which the calls before have reached another replica, which has let it through. A refusal would protect nothing,
+// because the next update of any kind removes such an object (k8s.io/apiserver pkg/registry/generic/registry/store.go,
+// ShouldDeleteDuringUpdate). An eviction is one call.
+func (r *removal) mayBeLaterStep() bool {
+	own := r.pod.DeletionGracePeriodSeconds
+	return r.path != PathEviction && r.pod.DeletionTimestamp != nil && own != nil && *own == 0 && len(r.pod.Finalizers) == 0
 }
 
 // query is what an agent is asked about the pod.
