@@ -159,8 +159,8 @@ func TestValuesAtTheEdgeAreTaken(t *testing.T) {
 	}
 }
 
-// The calls of one removal reach the replica that has decided, because connections to others are not made. An affinity that ends sooner than
-// connections that are in use would let some lead elsewhere.
+// The calls of one removal reach the replica that has decided, because no connection leads to another one. If the affinity ended while older
+// connections are in use, a new one could lead elsewhere.
 func TestCallsOfOneRemovalReachOneReplica(t *testing.T) {
 	service := objects(t, cluster{version: newest}, nil)["Service eni-guard-webhook"]
 	if affinity := field[string](t, service, "spec", "sessionAffinity"); affinity != "ClientIP" {

@@ -1,9 +1,12 @@
 package e2e
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
+	"net"
+	"net/http"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -151,6 +154,28 @@ type load struct {
 	mu      sync.Mutex
 	calls   int
 	failed  []error
+}
+
+// Whoever connects again, as the API server does, reaches the replica that has judged the removal so far.
+func TestNewConnectionsLeadToOneReplica(t *testing.T) {
+	service, err := cluster.CoreV1().Services(incident.GuardNamespace).Get(t.Context(), "eni-guard-webhook", metav1.GetOptions{})
+	wentThrough(t, err)
+	client := &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}
+	replicas := map[string]int{}
+	for range 20 {
+		response, err := client.Get("http://" + net.JoinHostPort(service.Spec.ClusterIP, "8080") + "/metrics")
+		wentThrough(t, err)
+		lines := bufio.NewScanner(response.Body)
+		for lines.Scan() {
+			if started, ok := strings.CutPrefix(lines.Text(), "process_start_time_seconds "); ok {
+				replicas[started]++
+			}
+		}
+		wentThrough(t, errors.Join(lines.Err(), response.Body.Close()))
+	}
+	if len(replicas) != 1 {
+		t.Errorf("connections by when the replica was started that they led to: %v", replicas)
+	}
 }
 
 // startLoad starts callers. Their deletes are dry runs, which the guard judges like others and which leave no trace on the pod.
