@@ -77,7 +77,7 @@ func stages(cfg config) [][]component {
 					"--use-service-account-credentials=true", "--service-account-private-key-file=" + key("service-account"),
 					"--root-ca-file=" + crt("ca"),
 					"--cluster-signing-cert-file=", "--cluster-signing-key-file=",
-					// Tests stop the kubelet, and the pods of its node are to stay ready for so long.
+					// Tests stop the kubelet, and the pods of its node are to stay ready meanwhile.
 					"--node-monitor-grace-period=5m",
 				},
 				ready: "https://127.0.0.1:10257/healthz",

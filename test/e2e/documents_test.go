@@ -63,7 +63,7 @@ var adapted = map[string]string{"helm install ": " --dry-run=server"}
 // ending are the statuses with which commands may end, by a part of them; all others must end with 0.
 var ending = map[string][]int{
 	"inspect --ip ": {1},       // the address is in use, by the pod of this test
-	"inspect --all": {0, 1, 2}, // other tests may have left something, and go on while it looks
+	"inspect --all": {0, 1, 2}, // other tests may have left something, and make and end pods while it looks
 	"--grace-period=0 --force --dry-run=server": {1}, // it asks, and the guard answers that the pod is bound
 }
 

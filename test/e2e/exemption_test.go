@@ -57,7 +57,7 @@ func collected(t *testing.T, pod *corev1.Pod, want string) {
 			return err
 		}
 		// Somebody else's request is on record before it is answered, but after the pod is gone.
-		if len(records(t, pod)) == 0 {
+		if all := records(t, pod); len(all) == 0 || all[len(all)-1].fields["decision"] != "allowed" {
 			return errors.New("it is not on record yet")
 		}
 		return nil
@@ -186,7 +186,7 @@ func awaitKnown(t *testing.T, pod *corev1.Pod, mode string) {
 		err := cluster.CoreV1().Pods(pod.Namespace).Delete(ctx, pod.Name, metav1.DeleteOptions{GracePeriodSeconds: forced.GracePeriodSeconds, DryRun: []string{metav1.DryRunAll}})
 		all := records(t, pod)
 		if len(all) == 0 {
-			return fmt.Errorf("it is not on record: %w", err)
+			return errors.Join(errors.New("it is not on record"), err)
 		}
 		if last := all[len(all)-1].fields; last["mode"] != mode || strings.Contains(last["evidence"], " is not known") {
 			return fmt.Errorf("it says %v", last)

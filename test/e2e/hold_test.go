@@ -249,7 +249,7 @@ func TestAPodWhoseNodeDoesNotAnswerIsHeld(t *testing.T) {
 	}
 	resume := pause(t, "/eni-guard", "agent")
 	wentThrough(t, forceDelete(t, pod))
-	// Later the leader has waited for longer.
+	// The leader asks again, and may have waited longer.
 	if got := because(t, pod); !strings.HasPrefix(got, "cannot tell whether pod "+pod.Namespace+"/payment-0 is still alive on node node-1: the agent of node node-1 did not answer within ") {
 		t.Errorf("it is held because %q", got)
 	}

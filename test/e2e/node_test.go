@@ -633,11 +633,13 @@ func TestARuntimeThatIsDown(t *testing.T) {
 	startRuntime()
 	wentThrough(t, incident.AwaitRuntime(t.Context()))
 	restored(t)
-	found = []inspection{inspectOnTheHost(t, "--uid="+string(bound.UID)), inspectOnTheHost(t, "--uid="+string(free.UID))}
-	if found[0].status != 1 || len(found[0].Failures) > 0 || !found[0].Reports[0].has("SandboxReady", "") || found[1].status != 0 {
-		t.Errorf("afterwards: got %+v", found)
-	}
-	refused(t, forceDelete(t, bound), "is still alive on node node-1: container app ")
+	awaitInspection(t, "the running pod to be known again", func() inspection { return inspectOnTheHost(t, "--uid="+string(bound.UID)) }, func(found inspection) bool {
+		return found.status == 1 && len(found.Failures) == 0 && found.Reports[0].has("SandboxReady", "")
+	})
+	awaitInspection(t, "the finished pod to be known again", func() inspection { return inspectOnTheHost(t, "--uid="+string(free.UID)) }, func(found inspection) bool {
+		return found.status == 0
+	})
+	refusedAtLast(t, func() error { return forceDelete(t, bound) }, "is still alive on node node-1: container app ")
 	kept(t, bound)
 }
 
@@ -683,13 +685,13 @@ func oneStuckPodAmongThem(t *testing.T) {
 	if len(pods.Items) < 110 {
 		t.Errorf("the node has %d pods, not 110", len(pods.Items))
 	}
-	if found := inspect(t, "--ip="+pod.Status.PodIP); found.status != 1 || len(found.Holders) != 1 || found.Holders[0].process(process.PID).State != "D" {
-		t.Errorf("got %+v", found)
-	}
+	awaitInspection(t, "the stuck process to be found by its address", func() inspection { return inspect(t, "--ip="+pod.Status.PodIP) }, func(found inspection) bool {
+		return found.status == 1 && len(found.Holders) == 1 && found.Holders[0].process(process.PID).State == "D"
+	})
 	refusedAtLast(t, func() error { return forceDelete(t, pod) }, fmt.Sprintf("process %d (dd) is in state D", process.PID), "address "+pod.Status.PodIP+" still in use")
 	awaitInspection(t, "a look at all of a full node", func() inspection { return inspect(t, "--all") }, func(found inspection) bool {
 		if len(found.Leftovers) > 0 {
-			t.Errorf("something is said to be left over: %+v", found)
+			t.Fatalf("something is said to be left over: %+v", found)
 		}
 		return found.status == 0 && len(found.Failures) == 0 && found.NotCompared == ""
 	})
@@ -731,7 +733,12 @@ func TestTheCapabilitiesOfTheAgent(t *testing.T) {
 		found := awaitInspection(t, fmt.Sprintf("exit status %d with %s", c.status, c.capabilities), func() inspection {
 			return inspected(t, exec.CommandContext(t.Context(), "setpriv", "--bounding-set="+kept, "--inh-caps="+kept,
 				filepath.Join(repo, "bin/eni-guard"), "inspect", "-o", "json", gone, "--cri-socket=/run/eni-guard-cluster/containerd.sock"))
-		}, func(found inspection) bool { return found.status == c.status })
+		}, func(found inspection) bool {
+			if c.status != 0 && found.status == 0 {
+				t.Fatalf("with %s: nothing is missing", c.capabilities)
+			}
+			return found.status == c.status
+		})
 		for _, probe := range c.missing {
 			if !slices.ContainsFunc(found.Failures, func(failure string) bool {
 				return strings.Contains(failure, fmt.Sprintf("the probe %q did not run", probe))

@@ -50,14 +50,15 @@ func agentToken(t *testing.T) string {
 			if process.Command != "eni-guard" {
 				continue
 			}
-			token, err := os.ReadFile(fmt.Sprintf("/proc/%d/root/var/run/secrets/kubernetes.io/serviceaccount/token", process.PID))
+			var token []byte
+			token, err = os.ReadFile(fmt.Sprintf("/proc/%d/root/var/run/secrets/kubernetes.io/serviceaccount/token", process.PID))
 			// What another test runs in the agent's container, or the container of an agent that has ended, may be gone by now.
 			if err == nil {
 				return string(token)
 			}
 		}
 	}
-	t.Fatal("no agent runs")
+	t.Fatalf("no agent runs whose token can be read (%v)", err)
 	return ""
 }
 

@@ -286,6 +286,7 @@ func TestATerminatingStuckPod(t *testing.T) {
 				code, reason = http.StatusTooManyRequests, metav1.StatusReasonTooManyRequests
 			}
 			refusedWith(t, err, code, reason, "is still alive on node node-1: ")
+			refusedAtLast(t, func() error { return w.take(t.Context(), cluster, pod) }, fmt.Sprintf("process %d (dd) is in state D", process.PID), "address "+pod.Status.PodIP+" still in use")
 			// With a Retry-After client-go would repeat the request by itself, up to ten times.
 			if answers := api.heard(); len(answers) != 1 || answers[0].Get("Retry-After") != "" {
 				t.Errorf("%s: %d requests, the first answered with %v", name, len(answers), answers[0])
@@ -294,7 +295,6 @@ func TestATerminatingStuckPod(t *testing.T) {
 			// A finalizer can no longer be added, so that mode hold refuses too.
 			sameMarks(t, before)
 		}
-		refusedAtLast(t, func() error { return forceDelete(t, pod) }, fmt.Sprintf("process %d (dd) is in state D", process.PID), "address "+pod.Status.PodIP+" still in use")
 		// Without grace period 0 an eviction changes nothing, and is none of the guard's business: so a drain goes on.
 		wentThrough(t, evict(t.Context(), cluster, pod, nil))
 		decided(t, pod, mode+" eviction exempt not-asked NotForced")
@@ -376,7 +376,8 @@ func TestAStuckPodThatIsMarkedAlready(t *testing.T) {
 					if path == "eviction" {
 						code, reason = http.StatusTooManyRequests, metav1.StatusReasonTooManyRequests
 					}
-					refusedWith(t, take(), code, reason, "is in state D")
+					refusedWith(t, take(), code, reason, "is still alive on node node-1: ")
+					refusedAtLast(t, take, "is in state D")
 					decided(t, pod, mode+" "+path+" denied bound SandboxBound")
 				}
 				sameMarks(t, before)
@@ -525,7 +526,7 @@ func TestTakingTheFinalizerFromAHeldPod(t *testing.T) {
 	}
 	isHeld(t, pod)
 	decided(t, pod, "hold finalizer denied bound SandboxBound")
-	refused(t, take(operator), fmt.Sprintf("process %d (dd) is in state D", process.PID))
+	refusedAtLast(t, func() error { return take(operator) }, fmt.Sprintf("process %d (dd) is in state D", process.PID))
 	isHeld(t, pod)
 
 	annotate(t, pod, overrideAnnotation, "the node is powered off")
@@ -545,7 +546,7 @@ func TestTakingTheFinalizerFromAHeldPod(t *testing.T) {
 func TestATerminalPhaseWhileBoundIsReported(t *testing.T) {
 	for _, mode := range []string{"deny", "hold", "audit"} {
 		ns := moded(t, mode)
-		// Its kubelet ends a pod of this phase; so long it is bound.
+		// Its kubelet ends a pod of this phase; until then it is bound.
 		pod := sleeper(t, ns, "web-0", func(p *corev1.Pod) { p.Spec.TerminationGracePeriodSeconds = new(int64(10)) })
 		const metric = "eni_guard_terminal_phase_while_bound_total"
 		grown := counted(t, metric)
@@ -761,7 +762,11 @@ func held(pod *corev1.Pod) bool { return slices.Contains(pod.Finalizers, finaliz
 // isHeld fails the test unless the pod is marked for removal, and its object kept by the guard.
 func isHeld(t *testing.T, pod *corev1.Pod) {
 	t.Helper()
-	now := read(t, pod)
+	marksOfHold(t, read(t, pod))
+}
+
+func marksOfHold(t *testing.T, now *corev1.Pod) {
+	t.Helper()
 	if grace := now.DeletionGracePeriodSeconds; now.DeletionTimestamp == nil || grace == nil || *grace != 0 || !held(now) {
 		t.Errorf("deletion %v, grace period %v, finalizers %v", now.DeletionTimestamp, grace, now.Finalizers)
 	}
@@ -770,11 +775,13 @@ func isHeld(t *testing.T, pod *corev1.Pod) {
 // wasHeld is isHeld for a pod whose processes end within two seconds: by now it may have been freed.
 func wasHeld(t *testing.T, pod *corev1.Pod) {
 	t.Helper()
-	if cluster.Gone(t.Context(), pod) == nil {
+	now, err := cluster.CoreV1().Pods(pod.Namespace).Get(t.Context(), pod.Name, metav1.GetOptions{})
+	if apierrors.IsNotFound(err) {
 		traces(t, pod, "SandboxReleased", "is no longer held")
 		return
 	}
-	isHeld(t, pod)
+	wentThrough(t, err)
+	marksOfHold(t, now)
 }
 
 // asItWas fails the test unless nothing of the pod has changed that the guard or a removal changes.
@@ -918,8 +925,8 @@ func (c *caller) heard() []http.Header {
 	return slices.Clone(c.answers)
 }
 
-// warned fails the test unless the caller has been warned, with nothing else than words that begin so. Another replica that judges the same
-// removal may have found something else first.
+// warned fails the test unless the caller has been warned, and every warning begins so. Another replica that judges the same removal may have
+// found something else first.
 func (c *caller) warned(t *testing.T, prefix string) {
 	t.Helper()
 	c.mu.Lock()

@@ -163,7 +163,7 @@ func (a *auditLog) read(log io.Reader) (int64, error) {
 	}
 }
 
-// Refusal checks that the audit log holds exactly one refusal of the pod's removal, with what the contract says must be
+// Refusal checks that the audit log holds exactly one refusal of the pod's removal, other than of dry runs, with what the contract says must be
 // in it, and returns its annotations, a line each.
 func (c *Cluster) Refusal(pod *corev1.Pod) (string, error) {
 	events, err := c.Removals(pod)

@@ -184,7 +184,8 @@ func (s *Story) WithGuard(ctx context.Context) (err error) {
 		}
 		return nil
 	}
-	// On a busy node a look may not get to its end, and what it has found by then is enough to refuse. The story is to show everything.
+	// On a busy node a look may not get to its end, and what it has found by then is enough to refuse. The story is to show everything, so it
+	// waits until that can be expected.
 	err = Wait(ctx, 2*time.Minute, "the guard to see everything of pod "+old.Name, func(ctx context.Context) error {
 		err := s.CoreV1().Pods(namespace).Delete(ctx, old.Name, metav1.DeleteOptions{GracePeriodSeconds: new(int64(0)), DryRun: []string{metav1.DryRunAll}})
 		if err == nil {
