@@ -128,6 +128,11 @@ func (h *History) Record(r Removal, guarded bool, overrider string) (record Reco
 			accounted = true
 			record.Reason = d.Reason
 		}
+		// A refusal of what was done all the same was not the guard's last word: the API server has asked first about a copy of the pod that
+		// was out of date, and the log has the first answer.
+		if d.Outcome == "denied" && d.Verb == "delete" && d.ResponseStatus.Code == http.StatusOK && !d.DryRun() {
+			accounted = true
+		}
 		if (d.Outcome == "allowed" || d.Outcome == "exempt") && d.ResponseStatus.Code < 300 {
 			record.Received, record.Completed = d.RequestReceivedTimestamp.Time, d.StageTimestamp.Time
 		}
