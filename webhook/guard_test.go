@@ -170,6 +170,18 @@ func TestInventedContainersDoNotCountForTheRealPod(t *testing.T) {
 	if response := reviewed(t, guard, nil, deleteRequest(t, runningPod(failed), new(int64(0)))); response.Allowed {
 		t.Errorf("the real one is let through: %v", response.AuditAnnotations)
 	}
+	// What is true of the containers is not all that counts.
+	for name, change := range map[string]func(*corev1.Pod){"is being deleted": terminating(new(int64(30))), "is held": keptBy(Finalizer)} {
+		real := ended.DeepCopy()
+		real.DeletionTimestamp, real.DeletionGracePeriodSeconds = nil, nil
+		if response := reviewed(t, guard, nil, deleteRequest(t, real, new(int64(0)))); !response.Allowed {
+			t.Fatalf("the invented one is refused, so this proves nothing: %+v", response.Result)
+		}
+		change(real)
+		if response := reviewed(t, guard, nil, deleteRequest(t, real, new(int64(0)))); response.Allowed {
+			t.Errorf("the real one, which %s, is let through: %v", name, response.AuditAnnotations)
+		}
+	}
 }
 
 // What looks like a repetition, and is a removal of its own.

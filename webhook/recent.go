@@ -73,14 +73,22 @@ func (m *recentDecisions) get(r *removal, now time.Time) (decision, bool) {
 	entry, ok := m.entries[keyOf(r)]
 	ok = ok && now.Before(entry.at.Add(repeatWindow))
 	same, marked := r.pod.ResourceVersion == entry.resourceVersion, r.pod.DeletionTimestamp != nil && effectOn(r.pod, nil) == removesObject
-	switch entry.outcome {
-	case Allowed:
+	switch {
+	// Not in the key, because the API server's own mark changes it.
+	case entry.reason == ReasonContainersTerminated && (held(r.pod) || gracefullyDeleted(r.pod)):
+		ok = false
+	case entry.outcome == Allowed:
 		ok = ok && (same || marked || now.Before(entry.at.Add(conflictWindow)) && r.path != PathIgnoreLabel)
-	case Denied:
+	case entry.outcome == Denied:
 		ok = ok && !same && now.Before(entry.at.Add(conflictWindow))
-	default:
 	}
 	return entry.decision, ok
+}
+
+// gracefullyDeleted says whether a pod is being deleted and its kubelet has the last word.
+func gracefullyDeleted(pod *corev1.Pod) bool {
+	own := pod.DeletionGracePeriodSeconds
+	return pod.DeletionTimestamp != nil && own != nil && *own > 0
 }
 
 // put remembers a decision. An eviction is one call, whatever follows; what is no removal, or only asks, says nothing about the
