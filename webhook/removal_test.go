@@ -114,6 +114,33 @@ func TestRemovalOfIncompleteRequests(t *testing.T) {
 	}
 }
 
+func TestContainersSuffice(t *testing.T) {
+	marked, graceful := terminating(new(int64(0))), terminating(new(int64(30)))
+	for _, test := range []struct {
+		name string
+		path Path
+		pod  *corev1.Pod
+		want bool
+	}{
+		{"finished", PathDelete, ended(), true},
+		{"running", PathDelete, runningPod(), false},
+		{"evicted", PathEviction, ended(), true},
+		{"label", PathIgnoreLabel, ended(), false},
+		{"held", PathDelete, ended(keptBy(Finalizer)), false},
+		{"being deleted", PathDelete, ended(graceful), false},
+		{"a later step", PathDelete, ended(marked), true},
+		{"a later step, of a collection", PathCollection, ended(marked), true},
+		{"an eviction has no later step", PathEviction, ended(marked), false},
+		{"no later step comes where somebody's finalizer keeps it", PathDelete, ended(marked, keptBy("example.com/keep")), false},
+		{"nor where the guard's does", PathFinalizer, ended(marked, keptBy(Finalizer)), false},
+	} {
+		r := &removal{path: test.path, pod: test.pod}
+		if got := r.containersSuffice(); got != test.want {
+			t.Errorf("%s: got %v, want %v", test.name, got, test.want)
+		}
+	}
+}
+
 func TestContainersTerminated(t *testing.T) {
 	ended := corev1.ContainerStatus{State: corev1.ContainerState{Terminated: &corev1.ContainerStateTerminated{}}}
 	running := corev1.ContainerStatus{State: corev1.ContainerState{Running: &corev1.ContainerStateRunning{}}}
