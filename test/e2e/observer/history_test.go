@@ -60,6 +60,7 @@ func TestWhatTheAuditLogSaysOfARemoval(t *testing.T) {
 		"allowed":                               {[]string{decided("allowed", "SandboxReleased")}, nil, false, Record{Reason: "SandboxReleased", Received: at(0), Completed: at(1)}, true},
 		"refused":                               {[]string{strings.Replace(decided("denied", "SandboxBound"), "200", "409", 1)}, nil, false, Record{}, false},
 		"refused, of an outdated copy":          {[]string{decided("denied", "SandboxBound")}, nil, false, Record{}, true},
+		"refused, an eviction":                  {[]string{strings.Replace(decided("denied", "SandboxBound"), `"verb":"delete"`, `"verb":"create","objectRef":{"subresource":"eviction"}`, 1)}, nil, false, Record{}, false},
 		"refused in dry run":                    {[]string{strings.Replace(decided("denied", "SandboxBound"), `"gracePeriodSeconds":0`, `"gracePeriodSeconds":0,"dryRun":["All"]`, 1)}, nil, false, Record{}, false},
 		"refused with its namespace":            {[]string{strings.Replace(strings.Replace(collection, "held", "denied", 1), "409", "200", 1)}, nil, false, Record{}, false},
 		"the kubelet":                           {[]string{byKubelet}, nil, false, Record{ByKubelet: true, Received: at(0), Completed: at(1)}, true},
