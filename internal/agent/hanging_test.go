@@ -25,20 +25,43 @@ import (
 )
 
 // hangAt makes a file of which the kernel does not give an end to whoever opens it, as long as nobody writes to it: until the end of
-// the test, or until release is called.
+// the test, or until release is called, which removes it.
 func hangAt(t *testing.T, file string) (release func()) {
 	t.Helper()
 	if err := errors.Join(os.RemoveAll(file), unix.Mkfifo(file, 0o600)); err != nil {
 		t.Fatal(err)
 	}
-	release = func() {
-		// Whoever waits at the moment gets an empty file, and whoever comes later none.
-		if fd, err := unix.Open(file, unix.O_WRONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0); err == nil {
-			_ = unix.Close(fd)
-		}
-		_ = os.Remove(file)
+	held, err := os.OpenFile(file, unix.O_PATH, 0)
+	if err != nil {
+		t.Fatal(err)
 	}
-	t.Cleanup(release)
+	ended := make(chan struct{})
+	var releasing sync.WaitGroup
+	release = sync.OnceFunc(func() {
+		_ = os.Remove(file)
+		// Whoever waits gets an empty file. Who found it before it was removed may begin to wait only after the first that were let go, so
+		// this does not end before the test.
+		releasing.Go(func() {
+			tick := time.NewTicker(10 * time.Millisecond)
+			defer tick.Stop()
+			for {
+				if fd, err := unix.Open(fmt.Sprintf("/proc/self/fd/%d", held.Fd()), unix.O_WRONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0); err == nil {
+					_ = unix.Close(fd)
+				}
+				select {
+				case <-ended:
+					return
+				case <-tick.C:
+				}
+			}
+		})
+	})
+	t.Cleanup(func() {
+		release()
+		close(ended)
+		releasing.Wait()
+		_ = held.Close()
+	})
 	return release
 }
 
