@@ -129,7 +129,7 @@ func ending(r *removal, findings []sandbox.Finding) []string {
 	case r.path == PathFinalizer:
 		steps = append(steps, "The finalizer holds it, and is taken away as soon as its node has let go of it.")
 	case pod.DeletionTimestamp != nil:
-		steps = append(steps, "It is being deleted already and goes by itself as soon as its node has let go of it.")
+		steps = append(steps, "It is being deleted already and goes by itself as soon as its node has let go of it"+foreignFinalizers(pod)+".")
 	case terminal(pod) && !containersTerminated(pod):
 		// Such a pod is not ended by its kubelet, and to the API server every delete of it is a forced one.
 		steps = append(steps, "Its phase says that it has finished, but its kubelet has not said so of its containers: somebody else has written the phase, or the kubelet is about to.",
@@ -149,6 +149,19 @@ func ending(r *removal, findings []sandbox.Finding) []string {
 		steps = append(steps, "No signal ends a process in state D: what it waits for must be mended, or the node rebooted.")
 	}
 	return steps
+}
+
+// foreignFinalizers says what else keeps a pod that is being deleted; empty when nothing does.
+func foreignFinalizers(pod *corev1.Pod) string {
+	others := slices.DeleteFunc(slices.Clone(pod.Finalizers), func(name string) bool { return name == Finalizer })
+	switch len(others) {
+	case 0:
+		return ""
+	case 1:
+		return ", and the finalizer " + others[0] + ", which is not eni-guard's, has been taken from it"
+	default:
+		return ", and the finalizers " + strings.Join(others, ", ") + ", which are not eni-guard's, have been taken from it"
+	}
 }
 
 // overriding says how to remove the pod all the same, or why the override that it has does not count and what to run then.
