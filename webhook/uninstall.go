@@ -100,12 +100,14 @@ func freeAllHeld(ctx context.Context, api client.Client, out io.Writer, switches
 func freeLatecomers(ctx context.Context, api client.Client, out io.Writer, quiet time.Duration) (freed int, err error) {
 	since := time.Now()
 	err = wait.PollUntilContextCancel(ctx, quiet/10, true, func(ctx context.Context) (bool, error) {
+		// What a slow look has seen is as old as its beginning.
+		looked := time.Now()
 		more, err := freeHeldOnce(ctx, api, out)
 		if more > 0 {
 			since = time.Now()
 		}
 		freed += more
-		return time.Since(since) >= quiet, err
+		return looked.Sub(since) >= quiet, err
 	})
 	return freed, err
 }

@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	admissionregistrationv1 "k8s.io/api/admissionregistration/v1"
@@ -89,9 +90,7 @@ func TestFreeAllHeld(t *testing.T) {
 func TestFreeAllHeldFreesPodsThatWereHeldInBetween(t *testing.T) {
 	api := interceptor.NewClient(fake.NewClientBuilder().WithObjects(heldPod("a"), configuration("eni-guard")).Build(), interceptor.Funcs{
 		Delete: func(ctx context.Context, c client.WithWatch, object client.Object, options ...client.DeleteOption) error {
-			late := heldPod("late")
-			late.DeletionTimestamp, late.DeletionGracePeriodSeconds = nil, nil // it is about to be marked
-			return errors.Join(c.Create(ctx, late), c.Delete(ctx, object, options...))
+			return errors.Join(c.Create(ctx, latecomer()), c.Delete(ctx, object, options...))
 		},
 	})
 	var out strings.Builder
@@ -106,37 +105,66 @@ func TestFreeAllHeldFreesPodsThatWereHeldInBetween(t *testing.T) {
 // A review that was under way may hold a pod a while after the configurations are gone. If that one cannot be freed, it is said
 // that the guard is off already.
 func TestFreeAllHeldWaitsForLatecomers(t *testing.T) {
-	lists, stubborn := 0, false
-	api := interceptor.NewClient(fake.NewClientBuilder().WithObjects(configuration("eni-guard")).Build(), interceptor.Funcs{
-		List: func(ctx context.Context, c client.WithWatch, list client.ObjectList, options ...client.ListOption) error {
-			if lists++; lists == 4 {
-				late := heldPod("late")
-				late.DeletionTimestamp, late.DeletionGracePeriodSeconds = nil, nil
-				if err := c.Create(ctx, late); err != nil {
-					return err
+	synctest.Test(t, func(t *testing.T) {
+		lists, stubborn := 0, false
+		api := interceptor.NewClient(fake.NewClientBuilder().WithObjects(configuration("eni-guard")).Build(), interceptor.Funcs{
+			List: func(ctx context.Context, c client.WithWatch, list client.ObjectList, options ...client.ListOption) error {
+				if lists++; lists == 4 {
+					if err := c.Create(ctx, latecomer()); err != nil {
+						return err
+					}
 				}
-			}
-			return c.List(ctx, list, options...)
-		},
-		Patch: func(ctx context.Context, c client.WithWatch, object client.Object, patch client.Patch, options ...client.PatchOption) error {
-			if stubborn {
-				return errors.New("somebody refuses")
-			}
-			return c.Patch(ctx, object, patch, options...)
-		},
+				return c.List(ctx, list, options...)
+			},
+			Patch: func(ctx context.Context, c client.WithWatch, object client.Object, patch client.Patch, options ...client.PatchOption) error {
+				if stubborn {
+					return errors.New("somebody refuses")
+				}
+				return c.Patch(ctx, object, patch, options...)
+			},
+		})
+		var out strings.Builder
+		if err := freeAllHeld(t.Context(), api, &out, []client.Object{configuration("eni-guard")}, time.Second); err != nil || !strings.Contains(out.String(), "freed pod shop/late") {
+			t.Errorf("%v; it prints:\n%s", err, out.String())
+		}
+		if err := api.Delete(t.Context(), heldPod("late")); err != nil {
+			t.Fatal(err)
+		}
+		lists, stubborn = 2, true
+		err := freeAllHeld(t.Context(), api, &out, []client.Object{configuration("eni-guard")}, time.Second)
+		if err == nil || !strings.HasPrefix(err.Error(), "the guard is switched off: its webhook configurations are deleted. pod shop/late is still held") {
+			t.Errorf("got %v", err)
+		}
 	})
-	var out strings.Builder
-	if err := freeAllHeld(t.Context(), api, &out, []client.Object{configuration("eni-guard")}, time.Second); err != nil || !strings.Contains(out.String(), "freed pod shop/late") {
-		t.Errorf("%v; it prints:\n%s", err, out.String())
-	}
-	if err := api.Delete(t.Context(), heldPod("late")); err != nil {
-		t.Fatal(err)
-	}
-	lists, stubborn = 2, true
-	err := freeAllHeld(t.Context(), api, &out, []client.Object{configuration("eni-guard")}, time.Second)
-	if err == nil || !strings.HasPrefix(err.Error(), "the guard is switched off: its webhook configurations are deleted. pod shop/late is still held") {
-		t.Errorf("got %v", err)
-	}
+}
+
+// An API server that is slow to tell of the held pods tells of those that there were when it was asked: as long as that takes, nothing is
+// quiet.
+func TestFreeAllHeldWaitsForLatecomersOfASlowAPIServer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		lists := 0
+		api := interceptor.NewClient(fake.NewClientBuilder().WithObjects(configuration("eni-guard")).Build(), interceptor.Funcs{
+			List: func(ctx context.Context, c client.WithWatch, list client.ObjectList, options ...client.ListOption) error {
+				err := c.List(ctx, list, options...)
+				if lists++; lists == 2 {
+					<-time.After(2 * time.Second)
+					err = errors.Join(err, c.Create(ctx, latecomer()))
+				}
+				return err
+			},
+		})
+		var out strings.Builder
+		if err := freeAllHeld(t.Context(), api, &out, []client.Object{configuration("eni-guard")}, time.Second); err != nil || !strings.Contains(out.String(), "freed pod shop/late") {
+			t.Errorf("%v; it prints:\n%s", err, out.String())
+		}
+	})
+}
+
+// latecomer is held, and about to be marked for removal.
+func latecomer() *corev1.Pod {
+	pod := heldPod("late")
+	pod.DeletionTimestamp, pod.DeletionGracePeriodSeconds = nil, nil
+	return pod
 }
 
 // The guard stays as long as there is a pod that nothing else would free.
