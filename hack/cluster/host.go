@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/moby/sys/mountinfo"
 	"github.com/vishvananda/netlink"
@@ -79,13 +80,16 @@ func (s *hostState) config() config {
 	return config{repo: s.Config.Repo, kubernetes: s.Config.Kubernetes, containerd: s.Config.Containerd, poolSize: s.Config.PoolSize}
 }
 
+// answerTimeout is how long a daemon that runs may give no good answer: on a busy machine etcd waits for the disk, and the others for etcd.
+const answerTimeout = 30 * time.Second
+
 // dead names a daemon of the cluster that does not run or does not answer; empty when all do.
 func (s *hostState) dead(ctx context.Context) string {
 	processes := markedProcesses()
 	for _, stage := range stages(s.config()) {
 		for _, c := range stage {
 			runs := slices.ContainsFunc(processes, func(p process) bool { return p.argv0 == c.path })
-			if !runs || c.check(ctx) != nil {
+			if !runs || waitFor(ctx, answerTimeout, c.name+" to answer", func() error { return c.check(ctx) }) != nil {
 				return c.name
 			}
 		}
