@@ -71,6 +71,9 @@ func machine(t *testing.T) map[string][]string {
 		state["devices"] = append(state["devices"], link.Attrs().Name)
 	}
 	routes, err := netlink.RouteList(nil, netlink.FAMILY_ALL)
+	for errors.Is(err, netlink.ErrDumpInterrupted) { // changed while they were listed
+		routes, err = netlink.RouteList(nil, netlink.FAMILY_ALL)
+	}
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -108,11 +111,17 @@ func machine(t *testing.T) map[string][]string {
 	for _, p := range markedProcesses() {
 		state["processes"] = append(state["processes"], p.argv0)
 	}
-	// Containers carry no mark; those of pods all run something of the cluster's own images.
+	// Containers carry no mark; those of pods all run something of the cluster's own images, in mounts of their own.
+	mounted, err := os.Readlink("/proc/self/ns/mnt")
+	if err != nil {
+		t.Fatal(err)
+	}
 	for _, name := range []string{"pause", "busybox", "sleep", "containerd-shim"} {
 		pids, _ := exec.CommandContext(t.Context(), "pgrep", "-x", name).Output()
-		if len(pids) > 0 {
-			state["processes"] = append(state["processes"], name)
+		for pid := range strings.FieldsSeq(string(pids)) {
+			if in, err := os.Readlink("/proc/" + pid + "/ns/mnt"); err == nil && in != mounted || name == "containerd-shim" {
+				state["processes"] = append(state["processes"], name)
+			}
 		}
 	}
 	for _, list := range state {
@@ -153,7 +162,7 @@ func kubectl(t *testing.T, args ...string) string {
 func startPod(t *testing.T, name, seconds string) int {
 	t.Helper()
 	kubectl(t, "run", name, "--image="+busyboxImage, "--image-pull-policy=Never", "--restart=Never", "--", "sleep", seconds)
-	kubectl(t, "wait", "--for=condition=Ready", "pod/"+name, "--timeout=60s")
+	kubectl(t, "wait", "--for=condition=Ready", "pod/"+name, "--timeout=2m")
 	for _, pid := range cgroupProcesses() {
 		cmdline, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
 		if strings.HasSuffix(string(cmdline), "sleep\x00"+seconds+"\x00") {

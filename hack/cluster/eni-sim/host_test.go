@@ -56,7 +56,8 @@ func newHost(t *testing.T) *host {
 	}
 	t.Cleanup(func() { ns.Close() })
 	h := &host{t: t, ns: ns, stateDir: filepath.Join(t.TempDir(), "state"), poolSize: 32}
-	for _, file := range []string{"/proc/sys/net/ipv4/ip_forward", "/proc/sys/net/ipv6/conf/all/forwarding"} {
+	// The kernel gives a device its link-local address some time after it is up; here a test would see the host change by itself.
+	for _, file := range []string{"/proc/sys/net/ipv4/ip_forward", "/proc/sys/net/ipv6/conf/all/forwarding", "/proc/sys/net/ipv6/conf/default/addr_gen_mode"} {
 		if err := os.WriteFile(file, []byte("1"), 0); err != nil {
 			t.Fatal(err)
 		}
@@ -212,28 +213,31 @@ func (h *host) picture(path string) string {
 	}
 	fmt.Fprintf(&text, "state: %s\n", state)
 	describe := func() {
-		links, err := netlink.LinkList()
-		if err != nil {
-			h.t.Fatal(err)
-		}
-		for _, link := range links {
-			addrs, err := netlink.AddrList(link, netlink.FAMILY_ALL)
-			if err != nil {
-				h.t.Fatal(err)
-			}
+		for _, link := range listed(h.t, netlink.LinkList) {
+			addrs := listed(h.t, func() ([]netlink.Addr, error) { return netlink.AddrList(link, netlink.FAMILY_ALL) })
 			fmt.Fprintf(&text, "%s: %v\n", link.Attrs().Name, addrs)
 		}
-		routes, err := netlink.RouteList(nil, netlink.FAMILY_ALL)
-		if err != nil {
-			h.t.Fatal(err)
-		}
-		for _, route := range routes {
+		for _, route := range listed(h.t, func() ([]netlink.Route, error) { return netlink.RouteList(nil, netlink.FAMILY_ALL) }) {
 			fmt.Fprintf(&text, "route %v dev %d via %v\n", route.Dst, route.LinkIndex, route.Gw)
 		}
 	}
 	describe()
 	h.in(path, describe)
 	return text.String()
+}
+
+// listed is a whole list: the kernel says when something has changed while it was made.
+func listed[T any](t *testing.T, list func() ([]T, error)) []T {
+	t.Helper()
+	for {
+		all, err := list()
+		if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
+			t.Fatal(err)
+		}
+		if err == nil {
+			return all
+		}
+	}
 }
 
 // listen starts a server in the namespace of the thread that answers every connection with the caller's address.

@@ -55,23 +55,11 @@ func TestKilledReadersStayUntilTheEnd(t *testing.T) {
 			// More readers than a FUSE server has threads of its own, the last one of another user.
 			var readers []*exec.Cmd
 			for i := range 20 {
-				reader := exec.Command("cat", filepath.Join(dir, fileName))
+				var as *syscall.SysProcAttr
 				if i == 19 {
-					reader.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: nobody, Gid: nobody}}
+					as = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: nobody, Gid: nobody}}
 				}
-				if err := reader.Start(); err != nil {
-					t.Fatal(err)
-				}
-				readers = append(readers, reader)
-			}
-			for _, reader := range readers {
-				waitFor(t, "a reader to sleep in the read", func() bool {
-					return state(t, reader) == "S" && proc(t, reader, "wchan") == "request_wait_answer"
-				})
-				if err := reader.Process.Kill(); err != nil {
-					t.Fatal(err)
-				}
-				waitFor(t, "the killed reader to be in state D", func() bool { return state(t, reader) == "D" })
+				readers = append(readers, killedReader(t, filepath.Join(dir, fileName), as))
 			}
 
 			// All else is still answered.
@@ -104,6 +92,32 @@ func TestKilledReadersStayUntilTheEnd(t *testing.T) {
 				t.Errorf("%s is still mounted", dir)
 			}
 		})
+	}
+}
+
+// killedReader returns a process that was killed while it read file, and is in state D. One whose request the server has not taken yet, or
+// that is about to open the file, just ends when it is killed: then it is another one.
+func killedReader(t *testing.T, file string, as *syscall.SysProcAttr) *exec.Cmd {
+	t.Helper()
+	for {
+		reader := exec.Command("cat", file)
+		reader.SysProcAttr = as
+		if err := reader.Start(); err != nil {
+			t.Fatal(err)
+		}
+		waitFor(t, "a reader to sleep in the read", func() bool {
+			return state(t, reader) == "S" && proc(t, reader, "wchan") == "request_wait_answer"
+		})
+		if err := reader.Process.Kill(); err != nil {
+			t.Fatal(err)
+		}
+		waitFor(t, "the killed reader to be in state D, or to end", func() bool { return state(t, reader) == "D" || state(t, reader) == "Z" })
+		if state(t, reader) == "D" {
+			return reader
+		}
+		if err := wait(t, reader); !killed(err) {
+			t.Fatalf("reader %d ended with %v, want killed", reader.Process.Pid, err)
+		}
 	}
 }
 
