@@ -89,7 +89,7 @@ func TestCheckOfNothing(t *testing.T) {
 		args []string
 		want string
 	}{
-		{nil, "name one pod, not 0"},
+		{[]string{}, "name one pod, not 0"}, // for nil, cobra would take the arguments of the test
 		{[]string{"web-0", "web-1"}, "name one pod, not 2"},
 		{[]string{""}, `"" is not the name of a pod`},
 		{[]string{"shop/web-0"}, `"shop/web-0" is not the name of a pod, such as web-0; its namespace is named by -n`},

@@ -3,6 +3,8 @@
 package webhook
 
 import (
+	"context"
+	"errors"
 	"fmt"
 	"net/http"
 	"slices"
@@ -320,12 +322,16 @@ func (s *apiServer) testOverrides(t *testing.T) {
 		}
 	}
 	s.hold(t, expectations)
-	found := s.overridesInAudit(t)
-	for _, e := range expectations {
-		if got, want := found[e.pod.Name], audited[e.pod.Name]; got != want {
-			t.Errorf("%s, by %s: the audit log has the reason %.20q, want %.20q", e.name, e.user.name, got, want)
+	// A long answer may arrive before its event is written.
+	s.await(t, "the reasons in the audit log", func(context.Context) (err error) {
+		found := s.overridesInAudit(t)
+		for _, e := range expectations {
+			if got, want := found[e.pod.Name], audited[e.pod.Name]; got != want {
+				err = errors.Join(err, fmt.Errorf("%s, by %s: it has %.20q, want %.20q", e.name, e.user.name, got, want))
+			}
 		}
-	}
+		return err
+	})
 }
 
 // deletion makes the request to delete a pod with a grace period.

@@ -44,11 +44,14 @@ func TestConformanceCertificates(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	collected := make(chan map[string]bool)
+	collected, first := make(chan map[string]bool), make(chan struct{})
 	go func() {
 		made := map[string]bool{}
 		for event := range watch.ResultChan() {
 			if secret, isSecret := event.Object.(*corev1.Secret); isSecret {
+				if len(made) == 0 {
+					close(first)
+				}
 				made[string(secret.Data["signing.crt"])] = true
 			}
 		}
@@ -58,6 +61,7 @@ func TestConformanceCertificates(t *testing.T) {
 	s.await(t, "certificates for everybody", func(ctx context.Context) error {
 		return errors.Join(replicas[0].Serving.Check(), replicas[0].Asking.Check(), replicas[1].Serving.Check(), replicas[1].Asking.Check(), s.everybodyTrusts(ctx))
 	})
+	<-first
 	watch.Stop()
 	if made := <-collected; len(made) != 1 {
 		t.Errorf("%d authorities were made", len(made))

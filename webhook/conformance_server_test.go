@@ -82,7 +82,7 @@ func startAPIServer(t *testing.T, change ...func(*envtest.Environment)) *apiServ
 	if err := os.WriteFile(policy, []byte(auditPolicy), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	environment := &envtest.Environment{ControlPlaneStartTimeout: time.Minute}
+	environment := &envtest.Environment{ControlPlaneStartTimeout: time.Minute, ControlPlaneStopTimeout: time.Minute}
 	environment.ControlPlane.Etcd = &envtest.Etcd{Path: binary(t, "etcd")}
 	output := &bytes.Buffer{}
 	process := environment.ControlPlane.GetAPIServer()

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -205,13 +206,15 @@ func TestNoTimeLeft(t *testing.T) {
 
 // A runtime that hangs while one looks quickly leaves time to look everywhere: that the other probes have run is known all the same.
 func TestAQuickLookLeavesTime(t *testing.T) {
-	inspector := newInspector("node-a", lookable(t).Host, fakeRuntime(func(ctx context.Context, _ string) (podRecords, error) {
-		<-ctx.Done()
-		return podRecords{}, ctx.Err()
-	}))
-	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
-	defer cancel()
-	if report := inspector.Inspect(ctx, podQuery); report.Verdict() != sandbox.Unknown || len(report.Failures()) != 1 || !strings.Contains(report.Failures()[0], `"runtime"`) {
-		t.Errorf("%s: %q", report.Verdict(), report.Failures())
-	}
+	synctest.Test(t, func(t *testing.T) {
+		inspector := newInspector("node-a", lookable(t).Host, fakeRuntime(func(ctx context.Context, _ string) (podRecords, error) {
+			<-ctx.Done()
+			return podRecords{}, ctx.Err()
+		}))
+		ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
+		defer cancel()
+		if report := inspector.Inspect(ctx, podQuery); report.Verdict() != sandbox.Unknown || len(report.Failures()) != 1 || !strings.Contains(report.Failures()[0], `"runtime"`) {
+			t.Errorf("%s: %q", report.Verdict(), report.Failures())
+		}
+	})
 }

@@ -140,7 +140,7 @@ func TestAProbeThatHangsInTheKernelIsNamed(t *testing.T) {
 			registry := prometheus.NewRegistry()
 			registry.MustRegister(hangingProbes{inspector})
 			ready := func() (int, sandbox.Report) {
-				ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+				ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
 				defer cancel()
 				recorder := httptest.NewRecorder()
 				handler.ServeHTTP(recorder, httptest.NewRequestWithContext(ctx, http.MethodGet, "/readyz", nil))

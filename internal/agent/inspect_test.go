@@ -396,7 +396,7 @@ func TestEverythingThatIsThereTwice(t *testing.T) {
 			i := newInspector("node-a", h.Host, fakeRuntime(func(context.Context, string) (podRecords, error) {
 				return podRecords{sandboxes: []podSandbox{{id: "s1", pod: pod, details: details{netnsPath: pods}}, {id: "s2", pod: twin, details: details{netnsPath: twins}}}}, nil
 			}))
-			ctx, cancel := context.WithTimeout(t.Context(), defaultTimeout)
+			ctx, cancel := context.WithTimeout(t.Context(), maxTimeout)
 			defer cancel()
 			a := i.everything(ctx, func(context.Context) (map[string]bool, string, error) { // once a look, at its end
 				later, err := os.ReadFile(filepath.Join(lookable(t, test.looks[1]...).Proc, "thread-self/mountinfo"))

@@ -12,6 +12,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -338,14 +339,16 @@ func TestAConditionThatIsTrueIsWrittenAgainSoon(t *testing.T) {
 // A runtime that hangs leaves time to read what else was found.
 func TestInspectOfAnAddressWhileTheRuntimeHangs(t *testing.T) {
 	path := runtimesNamespace(t)
-	i := newInspector("node-a", lookable(t, path).Host, fakeRuntime(func(ctx context.Context, _ string) (podRecords, error) {
-		<-ctx.Done()
-		return podRecords{}, ctx.Err()
-	}))
-	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
-	defer cancel()
-	a := i.holdersOf(ctx, testAddress)
-	if ctx.Err() != nil || a.Verdict != sandbox.Bound || len(a.Holders) != 1 {
-		t.Errorf("%s %+v, failures %q (%v)", a.Verdict, a.Holders, a.Failures, ctx.Err())
-	}
+	synctest.Test(t, func(t *testing.T) {
+		i := newInspector("node-a", lookable(t, path).Host, fakeRuntime(func(ctx context.Context, _ string) (podRecords, error) {
+			<-ctx.Done()
+			return podRecords{}, ctx.Err()
+		}))
+		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+		defer cancel()
+		a := i.holdersOf(ctx, testAddress)
+		if ctx.Err() != nil || a.Verdict != sandbox.Bound || len(a.Holders) != 1 {
+			t.Errorf("%s %+v, failures %q (%v)", a.Verdict, a.Holders, a.Failures, ctx.Err())
+		}
+	})
 }

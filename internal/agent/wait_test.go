@@ -47,7 +47,7 @@ func TestWaitingForTheRelease(t *testing.T) {
 	if report, looks := ask(t.Context(), 0, "wait=30s"); report.Verdict() != sandbox.Released || looks != 2 {
 		t.Errorf("released already: %s after %d looks", report.Verdict(), looks)
 	}
-	if report, looks := ask(t.Context(), 1000, "wait=150ms"); report.Verdict() != sandbox.Bound || looks < 2 {
+	if report, looks := ask(t.Context(), 1000, "wait=3s"); report.Verdict() != sandbox.Bound || looks < 2 {
 		t.Errorf("still bound at the end: %s after %d looks", report.Verdict(), looks)
 	}
 	if report, looks := ask(t.Context(), 1000, ""); report.Verdict() != sandbox.Bound || looks != 1 {
