@@ -14,6 +14,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
@@ -107,6 +108,12 @@ func (r *recordedCRI) ListContainers(_ context.Context, request *runtimeapi.List
 
 func serveCRI(t *testing.T, cri *recordedCRI) *Runtime {
 	t.Helper()
+	return serveCRIAfter(t, cri, 0)
+}
+
+// serveCRIAfter is that of a runtime which takes its time before it greets the first who has connected.
+func serveCRIAfter(t *testing.T, cri *recordedCRI, pause time.Duration) *Runtime {
+	t.Helper()
 	socket := filepath.Join(t.TempDir(), "cri.sock")
 	listener, err := (&net.ListenConfig{}).Listen(t.Context(), "unix", socket)
 	if err != nil {
@@ -114,7 +121,10 @@ func serveCRI(t *testing.T, cri *recordedCRI) *Runtime {
 	}
 	server := grpc.NewServer()
 	runtimeapi.RegisterRuntimeServiceServer(server, cri)
-	go func() { _ = server.Serve(listener) }()
+	go func() {
+		<-time.After(pause)
+		_ = server.Serve(listener)
+	}()
 	t.Cleanup(server.Stop)
 	runtime, err := NewRuntime(socket)
 	if err != nil {
@@ -313,6 +323,15 @@ func TestADamagedRecord(t *testing.T) {
 		if (err != nil) != test.all || len(all.sandboxes) != 2 {
 			t.Errorf("%s %v, of all: %+v (%v)", test.state, test.info, all, err)
 		}
+	}
+}
+
+// A busy node may take seconds until a runtime greets. The question has its own limit.
+func TestARuntimeThatIsSlowToGreet(t *testing.T) {
+	t.Parallel()
+	runtime := serveCRIAfter(t, &recordedCRI{}, 2500*time.Millisecond)
+	if records, err := runtime.pod(t.Context(), podUID); err != nil || len(records.sandboxes) > 0 {
+		t.Errorf("got %+v, %v", records, err)
 	}
 }
 
