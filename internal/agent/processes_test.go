@@ -11,6 +11,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/eni-guard/eni-guard/internal/sandbox"
@@ -182,22 +183,24 @@ func TestProcesses(t *testing.T) {
 		}, []sandbox.Process{{PID: 42, Command: "a) R (b", State: "D", WaitChannel: "x", Started: started}}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			h := newRecordedHost(t)
-			test.record(h)
-			found, err := h.processes(t.Context())
-			if err != nil {
-				t.Fatal(err)
-			}
-			var got []sandbox.Process
-			for _, p := range found {
-				got = append(got, p.Process)
-				if p.netns != "net:[7]" {
-					t.Errorf("network namespace %q", p.netns)
+			synctest.Test(t, func(t *testing.T) { // the kernel has little time to explain
+				h := newRecordedHost(t)
+				test.record(h)
+				found, err := h.processes(t.Context())
+				if err != nil {
+					t.Fatal(err)
 				}
-			}
-			if !reflect.DeepEqual(got, test.want) {
-				t.Errorf("got  %+v\nwant %+v", got, test.want)
-			}
+				var got []sandbox.Process
+				for _, p := range found {
+					got = append(got, p.Process)
+					if p.netns != "net:[7]" {
+						t.Errorf("network namespace %q", p.netns)
+					}
+				}
+				if !reflect.DeepEqual(got, test.want) {
+					t.Errorf("got  %+v\nwant %+v", got, test.want)
+				}
+			})
 		})
 	}
 }
