@@ -26,13 +26,13 @@ func (a answer) text(now time.Time) string {
 		fmt.Fprintf(&b, "pod %s on node %s: %s\n\n", a.Named, a.Node, a.Verdict)
 	}
 	if a.IP.IsValid() {
-		switch len(a.Holders) {
+		switch n := timesInUse(a.Holders, a.IP); n {
 		case 0:
 			fmt.Fprintf(&b, "address %s on node %s: %s\n", a.IP, a.Node, a.Verdict)
 		case 1:
 			fmt.Fprintf(&b, "address %s on node %s: in use\n", a.IP, a.Node)
 		default:
-			fmt.Fprintf(&b, "address %s on node %s: in use %d times, CONFLICT\n", a.IP, a.Node, len(a.Holders))
+			fmt.Fprintf(&b, "address %s on node %s: in use %d times, CONFLICT\n", a.IP, a.Node, n)
 		}
 		writeTraces(&b, a.Holders, now)
 		writeRoutes(&b, a.Routes)
@@ -49,7 +49,7 @@ func (a answer) text(now time.Time) string {
 			b.WriteByte('\n')
 		}
 		for _, s := range a.Shared {
-			fmt.Fprintf(&b, "address %s: in use %d times, CONFLICT\n", s.IP, len(s.Holders))
+			fmt.Fprintf(&b, "address %s: in use %d times, CONFLICT\n", s.IP, timesInUse(s.Holders, s.IP))
 			writeTraces(&b, s.Holders, now)
 			b.WriteByte('\n')
 		}

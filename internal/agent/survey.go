@@ -53,7 +53,7 @@ type place struct {
 	ip    netip.Addr
 }
 
-// SharedAddress is an address that several network namespaces have.
+// SharedAddress is an address given to a pod that several network namespaces have.
 type SharedAddress struct {
 	IP      netip.Addr `json:"ip"`
 	Holders []Trace    `json:"holders"`
@@ -176,10 +176,8 @@ const (
 func leftovers(traces []Trace, runtimeAnswered bool, known func(uid string) bool) []Trace {
 	podAddresses := map[netip.Addr]bool{}
 	for _, t := range traces {
-		if t.Pod.UID != "" {
-			for _, ip := range t.addresses {
-				podAddresses[ip] = true
-			}
+		for _, ip := range t.addresses {
+			podAddresses[ip] = podAddresses[ip] || t.given(ip)
 		}
 	}
 	var found []Trace
@@ -209,7 +207,35 @@ func leftovers(traces []Trace, runtimeAnswered bool, known func(uid string) bool
 	return found
 }
 
-// sharedAddresses returns the addresses that more than one of the traces has, if one of those is a pod's.
+// given says whether an address was given to the pod of a trace: the runtime says so, or does not tell what was. What else is in a pod's
+// namespaces is its own affair: containers in its containers, virtual machines, whose networks are often the same in every pod.
+func (t Trace) given(ip netip.Addr) bool {
+	told := false
+	for _, s := range t.Sandboxes {
+		if slices.Contains(s.IPs, ip) {
+			return true
+		}
+		told = told || len(s.IPs) > 0
+	}
+	return t.Pod.UID != "" && !told
+}
+
+// timesInUse is in how many network namespaces the traces that have an address have it.
+func timesInUse(holders []Trace, ip netip.Addr) int {
+	n := 0
+	for _, t := range holders {
+		in := map[string]bool{}
+		for _, p := range t.places {
+			if p.ip == ip {
+				in[p.netns] = true
+			}
+		}
+		n += max(1, len(in)) // one with no place is the host's own, or one that only an open peer tells of
+	}
+	return n
+}
+
+// sharedAddresses returns the addresses that more than one network namespace has, if they were given to a pod.
 func sharedAddresses(traces []Trace) []SharedAddress {
 	holders := map[netip.Addr][]Trace{}
 	for _, t := range traces {
@@ -221,7 +247,7 @@ func sharedAddresses(traces []Trace) []SharedAddress {
 	}
 	var shared []SharedAddress
 	for ip, by := range holders {
-		if len(by) > 1 && slices.ContainsFunc(by, func(t Trace) bool { return t.Pod.UID != "" }) {
+		if timesInUse(by, ip) > 1 && slices.ContainsFunc(by, func(t Trace) bool { return t.given(ip) }) {
 			shared = append(shared, SharedAddress{ip, by})
 		}
 	}

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -195,6 +196,13 @@ func TestLeftovers(t *testing.T) {
 		}, both, nil},
 		{"a namespace of something else, with a pod's address", func(s *survey) { s.view.namespaces = append(s.view.namespaces, mount("/run/netns/x", podAddress)) }, both,
 			[]string{" " + leftoverOtherOwner}},
+		{"a namespace of something else, with an address that pods have within them", func(s *survey) {
+			for n := range 2 {
+				s.records.sandboxes[n].ips = []netip.Addr{podAddress}
+				s.view.namespaces[n].addresses = append(s.view.namespaces[n].addresses, assignment{other, "docker0"})
+			}
+			s.view.namespaces = append(s.view.namespaces, mount("/run/netns/x", other))
+		}, both, nil},
 		{"a namespace of something else", func(s *survey) { s.view.namespaces = append(s.view.namespaces, mount("/run/netns/x", other)) }, both, nil},
 		{"the same, and the API server has one of the pods", func(s *survey) { s.view.namespaces = append(s.view.namespaces, mount("/run/netns/x", other)) }, livePod,
 			[]string{otherUID + " " + leftoverOfGonePod}},
@@ -223,6 +231,56 @@ func TestSharedAddresses(t *testing.T) {
 	got := sharedAddresses(s.traces())
 	if len(got) != 1 || got[0].IP != podAddress || len(got[0].Holders) != 2 || got[0].Holders[0].Pod.UID != otherUID || got[0].Holders[1].Pod.UID != podUID {
 		t.Errorf("got %+v", got)
+	}
+}
+
+// Which addresses count as a pod's: those that it was given, not those of networks within it.
+func TestAddressesThatPodsWereGiven(t *testing.T) {
+	inner, other := netip.MustParseAddr("172.17.0.1"), netip.MustParseAddr("10.0.0.6")
+	for _, test := range []struct {
+		name        string
+		given       [2][]netip.Addr // to the pod that lives, and to the one of which something is left, as the runtime tells
+		inner       [2]bool         // whose namespace has a network within it
+		times       int             // in how many namespaces podAddress is, if it is told of
+		innerShared bool
+	}{
+		{"to both the same", [2][]netip.Addr{{podAddress}, {podAddress, podIPv6}}, [2]bool{}, 2, false},
+		{"to both the same, with networks in each", [2][]netip.Addr{{podAddress}, {podAddress, podIPv6}}, [2]bool{true, true}, 2, false},
+		{"to the other one another", [2][]netip.Addr{{podAddress}, {other}}, [2]bool{true, true}, 2, false},
+		{"the runtime does not tell of the other one", [2][]netip.Addr{{podAddress}, nil}, [2]bool{true, true}, 2, true},
+		{"to neither", [2][]netip.Addr{{other}, {other}}, [2]bool{true, true}, 0, false},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			s := twoPods()
+			for n := range 2 {
+				s.records.sandboxes[n].ips = test.given[n]
+				if test.inner[n] {
+					s.view.namespaces[n].addresses = append(s.view.namespaces[n].addresses, assignment{inner, "docker0"})
+				}
+			}
+			told := map[netip.Addr]int{}
+			for _, shared := range sharedAddresses(s.traces()) {
+				told[shared.IP] = timesInUse(shared.Holders, shared.IP)
+			}
+			if told[podAddress] != test.times || (told[inner] > 0) != test.innerShared {
+				t.Errorf("got %v", told)
+			}
+		})
+	}
+}
+
+// A pod whose sandbox was made anew may have the same address in the old namespace and in the new one.
+func TestAnAddressTwiceInOnePod(t *testing.T) {
+	s := twoPods()
+	s.records.sandboxes[1].pod = s.records.sandboxes[0].pod
+	s.members[podUID] = []int{10, 11, 20, 21}
+	delete(s.members, otherUID)
+	got := sharedAddresses(s.traces())
+	if len(got) != 1 || got[0].IP != podAddress || len(got[0].Holders) != 1 || timesInUse(got[0].Holders, podAddress) != 2 {
+		t.Errorf("got %+v", got)
+	}
+	if text := (answer{IP: podAddress, Holders: got[0].Holders, Verdict: sandbox.Bound}).text(noon); !strings.Contains(text, "in use 2 times, CONFLICT") {
+		t.Errorf("it is told as %s", text)
 	}
 }
 

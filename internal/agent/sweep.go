@@ -382,7 +382,7 @@ func (s *sweeper) tellShared(shared []SharedAddress, complete bool) {
 		for _, t := range address.Holders {
 			holders = append(holders, who(t))
 		}
-		note := fmt.Sprintf("address %s is there %d times: %s", text, len(holders), strings.Join(holders, "; "))
+		note := fmt.Sprintf("address %s is there %d times: %s", text, timesInUse(address.Holders, address.IP), strings.Join(holders, "; "))
 		s.log.Info("address conflict", "address", text, "holders", holders)
 		of := s.reference(address.Holders[0])
 		of.FieldPath = text // a pod may have two
@@ -483,7 +483,7 @@ func newSweepMetrics(registry prometheus.Registerer) sweepMetrics {
 	m := sweepMetrics{
 		leftovers: gauge("eni_guard_leftovers", "Pods that the API server no longer has of which something is left on the node, and network namespaces of nobody."),
 		oldest:    gauge("eni_guard_leftover_oldest_seconds", "How long the oldest leftover has been seen; 0 without one."),
-		shared:    gauge("eni_guard_shared_addresses", "Addresses that several network namespaces of the node have, one of them a pod's."),
+		shared:    gauge("eni_guard_shared_addresses", "Addresses given to pods that several network namespaces of the node have."),
 		probe: prometheus.NewGaugeVec(prometheus.GaugeOpts{
 			Name: "eni_guard_probe_up", Help: "Whether a probe could look everywhere at the last look at the whole node.",
 		}, []string{"probe"}),
