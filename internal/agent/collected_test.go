@@ -207,14 +207,21 @@ func TestNoTimeLeft(t *testing.T) {
 // A runtime that hangs while one looks quickly leaves time to look everywhere: that the other probes have run is known all the same.
 func TestAQuickLookLeavesTime(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
+		var took []time.Duration
 		inspector := newInspector("node-a", lookable(t).Host, fakeRuntime(func(ctx context.Context, _ string) (podRecords, error) {
+			start := time.Now()
 			<-ctx.Done()
+			took = append(took, time.Since(start))
 			return podRecords{}, ctx.Err()
 		}))
 		ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
 		defer cancel()
 		if report := inspector.Inspect(ctx, podQuery); report.Verdict() != sandbox.Unknown || len(report.Failures()) != 1 || !strings.Contains(report.Failures()[0], `"runtime"`) {
 			t.Errorf("%s: %q", report.Verdict(), report.Failures())
+		}
+		synctest.Wait()
+		if len(took) != 2 || took[0] >= took[1] {
+			t.Errorf("a quick look, and one everywhere, gave the runtime %v", took)
 		}
 	})
 }

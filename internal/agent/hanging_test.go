@@ -198,6 +198,42 @@ func TestAProbeThatHangsInTheKernelIsNamed(t *testing.T) {
 	}
 }
 
+// What explains a process is read for a moment only: the process is told without, and while several such reads hang none is begun.
+func TestAStackThatHangs(t *testing.T) {
+	h := newRecordedHost(t)
+	h.group("kubepods/pod"+podUID+"/c1", 42)
+	h.thread(42, "java", "D", "nfs_wait", "net:[7]")
+	release := hangAt(t, filepath.Join(h.Proc, "42/task/42/stack"))
+	for range 2 * cap(explanationSlots) {
+		told := make(chan error, 1)
+		go func() {
+			found, err := h.processes(t.Context())
+			if err == nil && (len(found) != 1 || found[0].State != "D" || len(found[0].Stack) > 0) {
+				err = fmt.Errorf("found %+v", found)
+			}
+			told <- err
+		}()
+		select {
+		case err := <-told:
+			if err != nil {
+				t.Error(err)
+			}
+		case <-time.After(time.Minute):
+			t.Fatal("a process is not told of while its stack cannot be read")
+		}
+	}
+	if n := len(explanationSlots); n != cap(explanationSlots) {
+		t.Errorf("%d reads hang", n)
+	}
+	release()
+	await(t, func() error {
+		if n := len(explanationSlots); n > 0 {
+			return fmt.Errorf("%d reads hang", n)
+		}
+		return nil
+	})
+}
+
 // A run uses several threads, for more than one probe, and it is the one in the kernel that tells which.
 func TestTheThreadsOfARun(t *testing.T) {
 	proc := filepath.Join(t.TempDir(), "proc")

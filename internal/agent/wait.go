@@ -23,7 +23,8 @@ const (
 	maxWatched = 64
 )
 
-// awaitRelease looks once, or, if the caller waits, until the pod is released, the time has passed or the caller has gone.
+// awaitRelease looks once, or, if the caller waits, until the pod is released, the time has passed or the caller has gone. A look that has begun
+// by then has its own time: cut short, it would know less than the one before.
 func awaitRelease(ctx context.Context, inspector *Inspector, query sandbox.Query, t times) sandbox.Report {
 	end := time.Now().Add(t.wait)
 	look := func() sandbox.Report {
@@ -35,14 +36,14 @@ func awaitRelease(ctx context.Context, inspector *Inspector, query sandbox.Query
 	if t.wait == 0 || report.Verdict() == sandbox.Released {
 		return report
 	}
-	ctx, cancel := context.WithDeadline(ctx, end)
+	waiting, cancel := context.WithDeadline(ctx, end)
 	defer cancel()
-	w := newWatch(ctx, inspector.runtime.events(ctx))
+	w := newWatch(waiting, inspector.runtime.events(waiting))
 	defer w.close()
 	// What has changed since the last look the watch does not know: the second one comes soon in any case.
 	for pause := lookAgainAfter; ; {
 		pause = nextPause(pause, w.await(processes(report), pause))
-		if ctx.Err() != nil {
+		if waiting.Err() != nil {
 			return report
 		}
 		if report = look(); report.Verdict() == sandbox.Released {

@@ -4,10 +4,14 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"fmt"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -58,6 +62,67 @@ func TestWaitingForTheRelease(t *testing.T) {
 	if _, looks := ask(gone, 1000, "wait=30s"); looks > 1 {
 		t.Errorf("%d looks for a caller who has gone", looks)
 	}
+}
+
+// A look that has begun before the end of the time is not cut short by it: what it could not ask any more would be unknown.
+func TestTheLastLookWhileWaiting(t *testing.T) {
+	looks := 0
+	i := newInspector("node-a", lookable(t).Host, fakeRuntime(func(ctx context.Context, _ string) (podRecords, error) {
+		if looks++; looks > 1 {
+			select {
+			case <-time.After(500 * time.Millisecond):
+			case <-ctx.Done():
+				return podRecords{}, ctx.Err()
+			}
+		}
+		return podRecords{sandboxes: []podSandbox{{id: "abc", ready: true}}}, nil
+	}))
+	report := awaitRelease(t.Context(), i, podQuery, times{timeout: 30 * time.Second, wait: 2*lookAgainAfter + 100*time.Millisecond})
+	if report.Verdict() != sandbox.Bound || len(report.Failures()) > 0 {
+		t.Errorf("%s after %d looks: %q", report.Verdict(), looks, report.Failures())
+	}
+}
+
+// eventfulRuntime is a runtime with events.
+type eventfulRuntime struct {
+	fakeRuntime
+	come chan struct{}
+}
+
+func (r eventfulRuntime) events(context.Context) <-chan struct{} { return r.come }
+
+// While somebody waits, the kernel is asked for the end of the processes that were found, and the runtime for its events.
+func TestWhatWakesWhoWaits(t *testing.T) {
+	pid := os.Getpid() // os/exec has a pidfd of each child
+	h := lookable(t)
+	h.group("kubepods/pod"+podUID+"/c1", pid)
+	h.process(pid, "java", "S", "x", "net:[7]")
+	runtime := eventfulRuntime{knowsNothing, make(chan struct{})}
+	ctx, leave := context.WithTimeout(t.Context(), time.Minute)
+	left := make(chan struct{})
+	go func() {
+		defer close(left)
+		awaitRelease(ctx, newInspector("node-a", h.Host, runtime), podQuery, times{timeout: 30 * time.Second, wait: time.Hour})
+	}()
+	await(t, func() error {
+		open, err := filepath.Glob("/proc/self/fdinfo/*")
+		if err != nil {
+			return err
+		}
+		for _, file := range open {
+			if content, err := os.ReadFile(file); err == nil && strings.Contains(string(content), fmt.Sprintf("\nPid:\t%d\n", pid)) {
+				return nil
+			}
+		}
+		return fmt.Errorf("no pidfd of process %d is open", pid)
+	})
+	select {
+	case runtime.come <- struct{}{}:
+	case <-ctx.Done():
+		t.Error("nobody takes the runtime's event")
+	}
+	leave()
+	<-left
 }
 
 // A watch ends when something happens, long before its limit, which is far longer than this test may take.
