@@ -291,6 +291,36 @@ func TestPodsAreRestricted(t *testing.T) {
 	}
 }
 
+// Where nodes have AppArmor, the profile that a runtime gives by itself would blind the agent.
+func TestTheAgentHasNoAppArmorProfile(t *testing.T) {
+	const annotation = "container.apparmor.security.beta.kubernetes.io/agent"
+	for _, test := range []struct {
+		version          string
+		annotated, field bool
+	}{{newest, false, true}, {"1.30.0", false, true}, {"1.29.15", true, false}} {
+		for _, text := range []string{"{}", "agent: {podAnnotations: {example.com/a: b}}"} {
+			agent := objects(t, cluster{version: test.version}, values(t, text))["DaemonSet eni-guard-agent"]
+			annotations, _, err := unstructured.NestedStringMap(agent.Object, "spec", "template", "metadata", "annotations")
+			if err != nil {
+				t.Fatal(err)
+			}
+			profile := podSpec(t, agent).Containers[0].SecurityContext.AppArmorProfile
+			unconfined := profile != nil && profile.Type == corev1.AppArmorProfileTypeUnconfined
+			if (annotations[annotation] == "unconfined") != test.annotated || unconfined != test.field || (annotations["example.com/a"] == "b") != (text != "{}") {
+				t.Errorf("%s, %s: annotations %v, profile %v", test.version, text, annotations, profile)
+			}
+		}
+	}
+}
+
+// Calls that are under way when the guard is switched off may hold pods for as long as API servers wait for them.
+func TestTheUninstallWaitsForCalls(t *testing.T) {
+	job := objects(t, cluster{version: newest}, values(t, "webhook: {timeoutSeconds: 25}"))["Job eni-guard-free-held"]
+	if args := podSpec(t, job).Containers[0].Args; !slices.Contains(args, "--webhook-timeout=25s") {
+		t.Errorf("it is called with %v", args)
+	}
+}
+
 // The agent listens at its node's address, of whichever family that is.
 func TestTheAddressesOfTheAgent(t *testing.T) {
 	args := podSpec(t, objects(t, cluster{version: newest}, nil)["DaemonSet eni-guard-agent"]).Containers[0].Args
