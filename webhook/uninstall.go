@@ -20,19 +20,24 @@ import (
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
+	"github.com/eni-guard/eni-guard/internal/exitstatus"
 	"github.com/eni-guard/eni-guard/internal/sandbox"
 )
 
 // freeAllTimeout bounds the whole: freeing every held pod, and clearing the nodes.
 const freeAllTimeout = 4 * time.Minute
 
-// quietAfter is how long a request may still hold a pod after the webhook configurations are deleted: as long as the API
-// server waits for the webhook, with the chart's values, and until it has noticed.
-const quietAfter = 12 * time.Second
+const (
+	// longestCall is how long an API server waits for a webhook at most (timeoutSeconds of a webhook configuration).
+	longestCall = 30 * time.Second
+	// noticedAfter is until when API servers have noticed that a webhook configuration is gone.
+	noticedAfter = 2 * time.Second
+)
 
 // newFreeHeldCommand returns `eni-guard webhook free-held`, which the chart runs before it is uninstalled.
 func newFreeHeldCommand() *cobra.Command {
 	var configurations, bindings []string
+	call := longestCall
 	cmd := &cobra.Command{
 		Use:   "free-held",
 		Short: "Free every held pod, bound or not, stop the guard, and clear the nodes: for the time after it",
@@ -42,6 +47,9 @@ that agents write no more conditions, and frees those pods that were held in bet
 ` + sandbox.OrphanedCondition + ` and the taint ` + taintWords + ` from every node.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if call <= 0 || call > longestCall {
+				return exitstatus.With(exitstatus.Usage, fmt.Errorf("--webhook-timeout %s is not above 0 and up to %s", call, longestCall))
+			}
 			config, err := ctrl.GetConfig()
 			if err != nil {
 				return fmt.Errorf("finding the API server: %w", err)
@@ -59,7 +67,7 @@ that agents write no more conditions, and frees those pods that were held in bet
 			for _, name := range bindings {
 				switches = append(switches, &rbacv1.ClusterRoleBinding{ObjectMeta: metav1.ObjectMeta{Name: name}})
 			}
-			if err := freeAllHeld(ctx, api, cmd.OutOrStdout(), switches, quietAfter); err != nil {
+			if err := freeAllHeld(ctx, api, cmd.OutOrStdout(), switches, call+noticedAfter); err != nil {
 				return err
 			}
 			if err := clearNodes(ctx, api, cmd.OutOrStdout()); err != nil {
@@ -70,6 +78,7 @@ that agents write no more conditions, and frees those pods that were held in bet
 	}
 	cmd.Flags().StringArrayVar(&configurations, "webhook-configuration", nil, "name of a ValidatingWebhookConfiguration to delete; may be given again")
 	cmd.Flags().StringArrayVar(&bindings, "cluster-role-binding", nil, "name of a ClusterRoleBinding to delete, by which agents may write conditions of nodes; may be given again")
+	cmd.Flags().DurationVar(&call, "webhook-timeout", longestCall, "how long API servers wait for the webhook, whose calls that are under way may still hold a pod")
 	return cmd
 }
 
