@@ -138,7 +138,7 @@ func ending(r *removal, findings []sandbox.Finding) []string {
 		// For the API server every delete of such a pod is a forced one, --now too.
 		steps = append(steps, fmt.Sprintf("It has finished, and its node is about to let go of it: try again in a moment. If that lasts, the container runtime's log on node %s says why.", pod.Spec.NodeName))
 	default:
-		steps = append(steps, fmt.Sprintf("Use `kubectl delete pod %s -n %s --now`: the pod then goes as soon as its node has let go of it.", pod.Name, pod.Namespace))
+		steps = append(steps, fmt.Sprintf("Use `kubectl delete pod %s -n %s --now`: the pod then goes as soon as its node has let go of it%s.", pod.Name, pod.Namespace, foreignFinalizers(pod)))
 	}
 	// Any process is in state D for moments; one that was told to end and still is, is stuck.
 	waits := len(findings) > 0 && findings[0].Process != nil && findings[0].Process.Uninterruptible()
@@ -151,7 +151,7 @@ func ending(r *removal, findings []sandbox.Finding) []string {
 	return steps
 }
 
-// foreignFinalizers says what else keeps a pod that is being deleted; empty when nothing does.
+// foreignFinalizers says what else keeps a pod when it is being deleted; empty when nothing does.
 func foreignFinalizers(pod *corev1.Pod) string {
 	others := slices.DeleteFunc(slices.Clone(pod.Finalizers), func(name string) bool { return name == Finalizer })
 	switch len(others) {

@@ -57,6 +57,7 @@ func TestMessages(t *testing.T) {
 		"bound-frozen-not-told-to-end":  {PathDelete, runningPod(), denying(evidence{report: allProbes(frozen)})},
 		"bound-with-finalizers":         {PathDelete, runningPod(terminating(new(int64(30))), keptBy("example.com/backup", Finalizer, "example.com/volume")), denying(bound)},
 		"bound-running":                 {PathDelete, runningPod(), denying(evidence{report: allProbes(stuck()[1:]...)})},
+		"bound-running-with-finalizer":  {PathDelete, runningPod(keptBy("example.com/backup")), denying(bound)},
 		"bound-called-finished":         {PathDelete, runningPod(phase(corev1.PodFailed)), denying(bound)},
 		"bound-finished":                {PathDelete, ended(), denying(evidence{report: allProbes(stuck()[3:]...)})},
 		"bound-reading-a-disk":          {PathDelete, runningPod(), denying(bound)},
