@@ -54,6 +54,10 @@ func TestInspectInPlainWords(t *testing.T) {
 				Routes:    []string{"route to 10.0.0.5 via cali1 in table 254"},
 			}},
 		},
+		"pod-released": {
+			Node: "node-1", Pods: map[string]sandbox.Pod{podUID: {UID: podUID}}, Verdict: sandbox.Released,
+			Reports: []sandbox.Report{{UID: podUID, Probes: []sandbox.Probe{{Name: sandbox.ProbeRuntime}, {Name: sandbox.ProbeCgroups}, {Name: sandbox.ProbeProcesses}, {Name: sandbox.ProbeNetns}}}},
+		},
 		"pod-unknown": {
 			Node: "node-1", Pods: map[string]sandbox.Pod{podUID: {UID: podUID}}, Reports: []sandbox.Report{{UID: podUID}},
 			Failures: []string{`the probe "runtime" did not run: connection refused`},

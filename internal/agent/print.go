@@ -14,6 +14,9 @@ func (a answer) text(now time.Time) string {
 	var b strings.Builder
 	for _, report := range a.Reports {
 		fmt.Fprintf(&b, "pod %s on node %s: %s\n", a.Pods[report.UID], a.Node, report.Verdict())
+		if report.Verdict() == sandbox.Released {
+			writeProbes(&b, report.Probes)
+		}
 		writeFindings(&b, report.Findings, now)
 		writeSandboxes(&b, report.Sandboxes)
 		for _, c := range report.Conflicts {
@@ -69,6 +72,15 @@ func (a answer) text(now time.Time) string {
 		fmt.Fprintf(&b, "what to do: %s\n", a.NextStep)
 	}
 	return strings.TrimRight(b.String(), "\n") + "\n"
+}
+
+// writeProbes says who has looked and found nothing.
+func writeProbes(b *strings.Builder, probes []sandbox.Probe) {
+	var names []string
+	for _, p := range probes {
+		names = append(names, string(p.Name))
+	}
+	fmt.Fprintf(b, "  nothing was found by the probes %s\n", strings.Join(names, ", "))
 }
 
 func count(n int, one string, many ...string) string {
