@@ -177,7 +177,7 @@ func judge(query sandbox.Query, e evidence, c claims, strangers []podProcess) sa
 		report.Findings = append(report.Findings, sandbox.Finding{Kind: sandbox.ProcessAlive, Process: &p.Process})
 	}
 	for _, p := range strangers {
-		p.Outside = true
+		p.Outside = e.cgroupsErr == nil // only who has read the cgroups knows
 		report.Findings = append(report.Findings, sandbox.Finding{Kind: sandbox.ProcessAlive, Process: &p.Process, Netns: p.netns})
 	}
 	for _, found := range e.records.containers {

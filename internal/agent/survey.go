@@ -119,6 +119,7 @@ func (s survey) traces() []Trace {
 		}
 	}
 	var nobodys []Trace
+	cgroupsRead := slices.Contains(s.probes, sandbox.Probe{Name: sandbox.ProbeCgroups})
 	for _, n := range s.view.namespaces {
 		id := ""
 		// That of the cgroup of what is in it, unless the runtime has a sandbox for it. A pod whose sandbox is recorded, which is
@@ -149,7 +150,7 @@ func (s survey) traces() []Trace {
 			t.Findings = append(t.Findings, sandbox.Finding{Kind: sandbox.IPAssigned, Sandbox: id, Netns: n.name(), IP: a.ip, Interface: a.device})
 		}
 		for _, task := range n.tasks {
-			outside := !slices.Contains(s.members[pod.UID], task.pid)
+			outside := cgroupsRead && !slices.Contains(s.members[pod.UID], task.pid)
 			// Described when it is told: most traces never are.
 			t.Findings = append(t.Findings, sandbox.Finding{Kind: sandbox.ProcessAlive, Netns: n.name(), Process: &sandbox.Process{PID: task.pid, Outside: outside && pod.UID != ""}})
 		}

@@ -56,6 +56,26 @@ func TestTraces(t *testing.T) {
 	}
 }
 
+// Whether a process is in its pod's cgroups nobody knows who could not read them.
+func TestWithoutCgroupsNobodyIsOutside(t *testing.T) {
+	s := twoPods()
+	s.probes[1].Error, s.members = "not readable", nil
+	for _, trace := range s.traces() {
+		for _, f := range trace.Findings {
+			if f.Process != nil && f.Process.Outside {
+				t.Errorf("process %d of pod %s is told to be outside", f.Process.PID, trace.Pod)
+			}
+		}
+	}
+	strangers := []podProcess{{Process: sandbox.Process{PID: 44, Command: "nc", State: "S"}, netns: "net:[7]"}}
+	for _, err := range []error{nil, errProbe} {
+		report := judge(sandbox.Query{UID: podUID}, evidence{cgroupsErr: err}, claims{}, strangers)
+		if len(report.Findings) != 1 || report.Findings[0].Process.Outside != (err == nil) {
+			t.Errorf("cgroups read: %v: got %v", err, report.Findings)
+		}
+	}
+}
+
 // Each probe has its part in a look at the whole node; one that fails is named, and the others are not lost.
 func TestSurvey(t *testing.T) {
 	name := fmt.Sprintf("eni-guard-test-survey-%d", os.Getpid())
