@@ -86,7 +86,7 @@ func NewRuntime(path string) (*Runtime, error) {
 		}),
 		// As the kubelet's (pkg/kubelet/cri/remote, maxMsgSize): a full node's list may have more than gRPC's 4 MiB.
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(16<<20)),
-		// A runtime that is back must be asked soon, however long it was away; one that is slow to greet has as long as the question.
+		// A runtime that is back must be asked soon, however long it was away; one that is slow to greet has as long as a question may last.
 		grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 3 * time.Second}, MinConnectTimeout: maxTimeout}))
 	if err != nil {
 		return nil, fmt.Errorf("CRI socket %s: %w", path, err)
