@@ -490,17 +490,7 @@ func TestAnAddressThatIsThereTwice(t *testing.T) {
 
 	// Where it is another pod's namespace that has it too, that is no leftover of this one: both are named.
 	next := sleeper(t, pod.Namespace, "web-2", nil)
-	ns, err := netns.GetFromPath(namespaceFile(t, mainProcess(t, next, "sleep").PID))
-	wentThrough(t, err)
-	defer ns.Close()
-	inside, err := netlink.NewHandleAt(ns)
-	wentThrough(t, err)
-	defer inside.Close()
-	link, err := inside.LinkByName("lo")
-	wentThrough(t, err)
-	addr, err := netlink.ParseAddr(pod.Status.PodIP + "/32")
-	wentThrough(t, err)
-	wentThrough(t, inside.AddrAdd(link, addr))
+	remove := addedTo(t, next, pod.Status.PodIP)
 	conflict := awaitInspection(t, "the other pod to be named", func() inspection { return inspect(t, "--uid="+string(pod.UID)) }, func(found inspection) bool {
 		return len(found.Reports) == 1 && len(found.Reports[0].Conflicts) == 1
 	}).Reports[0].Conflicts[0]
@@ -508,7 +498,34 @@ func TestAnAddressThatIsThereTwice(t *testing.T) {
 		t.Errorf("got %+v", conflict)
 	}
 	refused(t, forceDelete(t, pod), "address "+pod.Status.PodIP+" is also in network namespace ", next.Name)
-	wentThrough(t, inside.AddrDel(link, addr))
+	remove()
+
+	// Networks within pods, such as those of Docker, may have the same addresses.
+	const inner = "172.31.99.1"
+	addedTo(t, pod, inner)
+	addedTo(t, next, inner)
+	if holders := inspect(t, "--ip="+inner).Holders; len(holders) != 2 {
+		t.Errorf("the pods do not both have %s: %+v", inner, holders)
+	}
+	awaitInspection(t, "all addresses to be found once", func() inspection { return inspect(t, "--all") }, func(found inspection) bool {
+		return len(found.Shared) == 0 && len(found.Failures) == 0
+	})
+}
+
+// addedTo gives a pod one more address, within its network namespace, which lasts as long as that, or until remove is called.
+func addedTo(t *testing.T, pod *corev1.Pod, address string) (remove func()) {
+	t.Helper()
+	ns, err := netns.GetFromPath(namespaceFile(t, mainProcess(t, pod, "sleep").PID))
+	wentThrough(t, err)
+	inside, err := netlink.NewHandleAt(ns)
+	wentThrough(t, errors.Join(err, ns.Close()))
+	t.Cleanup(inside.Close)
+	link, err := inside.LinkByName("lo")
+	wentThrough(t, err)
+	addr, err := netlink.ParseAddr(address + "/32")
+	wentThrough(t, err)
+	wentThrough(t, inside.AddrAdd(link, addr))
+	return func() { wentThrough(t, inside.AddrDel(link, addr)) }
 }
 
 // An agent that starts while something is mounted over all of /run/netns has none of the namespaces below it in its own mount table. It
