@@ -115,10 +115,18 @@ func advice(r *removal, d decision) []string {
 		steps = append(append(steps, removing), ending(r, d.report.Findings)...)
 	}
 	if d.verdict != sandbox.Bound {
-		steps = append(steps, fmt.Sprintf("Look at the agent: `kubectl get pods -A -l app.kubernetes.io/name=eni-guard,app.kubernetes.io/component=agent "+
-			"--field-selector spec.nodeName=%s`; then try again.", r.pod.Spec.NodeName))
+		steps = append(steps, lookingAt(r.pod.Spec.NodeName, d.report))
 	}
 	return steps
+}
+
+// lookingAt says what to look at where nobody can tell.
+func lookingAt(node string, report sandbox.Report) string {
+	if slices.ContainsFunc(report.Probes, func(p sandbox.Probe) bool { return p.Name == sandbox.ProbeRuntime && p.Error != "" }) {
+		return fmt.Sprintf("The agent of node %s answers, but the container runtime there does not give it what it asks: look at that, which can be started again while pods run; then try again.", node)
+	}
+	return fmt.Sprintf("Look at the agent: `kubectl get pods -A -l app.kubernetes.io/name=eni-guard,app.kubernetes.io/component=agent "+
+		"--field-selector spec.nodeName=%s`; then try again.", node)
 }
 
 // ending is how a pod comes to its end that is, or may be, still on its node.
@@ -192,7 +200,7 @@ func overridesNot(d decision) string {
 func warning(r *removal, d decision) string {
 	switch d.outcome {
 	case Held:
-		return overridesNot(d) + "held until its node has let go of it: " + finding(r.pod, d)
+		return overridesNot(d) + "held until its node has let go of it" + foreignFinalizers(r.pod) + ": " + finding(r.pod, d)
 	case Audited:
 		return overridesNot(d) + "eni-guard would refuse this, but only records it: " + finding(r.pod, d)
 	case Overridden:

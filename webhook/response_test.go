@@ -85,6 +85,7 @@ func TestMessages(t *testing.T) {
 		"unknown-finalizer":               {PathFinalizer, runningPod(terminating(new(int64(0)))), denying(unknown)},
 		"probe-failed":                    {PathDelete, runningPod(), denying(evidence{report: failedProbe()})},
 		"held":                            {PathDelete, runningPod(), with(denying(bound), func(s *situation) { s.mode, s.holdable = ModeHold, true })},
+		"held-with-finalizer":             {PathDelete, runningPod(keptBy("example.com/backup")), with(denying(bound), func(s *situation) { s.mode, s.holdable = ModeHold, true })},
 		"held-unknown":                    {PathEviction, runningPod(), with(denying(unknown), func(s *situation) { s.mode, s.holdable = ModeHold, true })},
 		"audited":                         {PathCollection, runningPod(), with(denying(bound), func(s *situation) { s.mode = ModeAudit })},
 		"audited-unknown":                 {PathDelete, runningPod(), with(denying(unknown), func(s *situation) { s.mode = ModeAudit })},

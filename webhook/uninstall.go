@@ -16,6 +16,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/util/wait"
+	"k8s.io/client-go/tools/clientcmd"
 	"k8s.io/client-go/util/retry"
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/client"
@@ -47,10 +48,13 @@ that agents write no more conditions, and frees those pods that were held in bet
 ` + sandbox.OrphanedCondition + ` and the taint ` + taintWords + ` from every node.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if call <= 0 || call > longestCall {
-				return exitstatus.With(exitstatus.Usage, fmt.Errorf("--webhook-timeout %s is not above 0 and up to %s", call, longestCall))
+			if call < time.Second || call > longestCall {
+				return exitstatus.With(exitstatus.Usage, fmt.Errorf("--webhook-timeout %s is not %s to %s", call, time.Second, longestCall))
 			}
 			config, err := ctrl.GetConfig()
+			if clientcmd.IsEmptyConfig(err) {
+				return errors.New("there is no kubeconfig: name one by the environment variable KUBECONFIG")
+			}
 			if err != nil {
 				return fmt.Errorf("finding the API server: %w", err)
 			}
