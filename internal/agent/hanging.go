@@ -149,6 +149,9 @@ func (r *probeRun) noAnswer(since time.Time) error {
 	return fmt.Errorf("no answer after %s%s", time.Since(since).Round(time.Millisecond), r.where())
 }
 
+// errNoTime is of what was not begun.
+var errNoTime = errors.New("no time was left")
+
 // slots bound how often a probe runs at once, and how often it hangs.
 type slots struct {
 	probe sandbox.ProbeName
@@ -170,7 +173,7 @@ func run[T any](ctx context.Context, slots *slots, probe func(context.Context) (
 	var none T
 	start := time.Now()
 	if ctx.Err() != nil {
-		return none, errors.New("no time was left")
+		return none, errNoTime
 	}
 	select {
 	case slots.free <- struct{}{}:

@@ -313,6 +313,8 @@ type answer struct {
 	IP      netip.Addr `json:"ip,omitzero"`
 	Holders []Trace    `json:"holders,omitempty"`
 	Routes  []string   `json:"routes,omitempty"`
+	// Probes are those that have looked for Holders; reports have their own.
+	Probes []sandbox.Probe `json:"probes,omitempty"`
 	// Leftovers and Shared answer --all.
 	All       bool            `json:"all,omitempty"`
 	Leftovers []Trace         `json:"leftovers,omitempty"`
@@ -446,14 +448,19 @@ func worse(a, b sandbox.Verdict) sandbox.Verdict {
 // byName answers for all pods of a name that the runtime knows. Where it knows none, that says nothing: what has lost its record
 // cannot be found by name.
 func (i *Inspector) byName(ctx context.Context, name sandbox.Pod) answer {
-	records, err := i.runtime.all(ctx)
+	listing, cancel := part(ctx, 1, 2) // a runtime that hangs must leave time to look for the pods that it has told of
+	defer cancel()
+	records, err := i.runtime.all(listing)
 	var pods []sandbox.Pod
 	for _, s := range records.sandboxes {
 		if s.pod.Namespace == name.Namespace && s.pod.Name == name.Name && !slices.Contains(pods, s.pod) {
 			pods = append(pods, s.pod)
 		}
 	}
-	a := i.reports(ctx, pods)
+	a := answer{Verdict: sandbox.Unknown}
+	if err == nil || len(pods) > 0 {
+		a = i.reports(ctx, pods)
+	}
 	a.Named = name.Namespace + "/" + name.Name
 	if err != nil {
 		a.Failures = append(a.Failures, fmt.Sprintf("the runtime's sandboxes could not be listed (%s), so there may be other pods of this name; --uid, --ip and --all look without it", text(err)))
@@ -469,7 +476,7 @@ func (i *Inspector) byName(ctx context.Context, name sandbox.Pod) answer {
 // holdersOf answers who has an address.
 func (i *Inspector) holdersOf(ctx context.Context, ip netip.Addr) answer {
 	s := i.surveyInTime(ctx)
-	a := answer{IP: ip, Verdict: sandbox.Released, Failures: s.failures()}
+	a := answer{IP: ip, Verdict: sandbox.Released, Failures: s.failures(), Probes: s.probes}
 	for _, t := range s.traces() {
 		if slices.Contains(t.addresses, ip) {
 			a.Verdict = sandbox.Bound
@@ -540,7 +547,7 @@ func (i *Inspector) glance(ctx context.Context, pods func(context.Context) (know
 	asking, cancel := part(ctx, 1, 2)
 	defer cancel()
 	known, from, err := pods(asking)
-	g.comparedBy, g.notCompared, g.shared = from, text(err), sharedAddresses(traces)
+	g.comparedBy, g.notCompared, g.shared = from, text(err), sharedAddresses(traces, g.runtimeAnswered())
 	if err != nil {
 		g.left = leftovers(traces, g.runtimeAnswered(), nil)
 		return g
@@ -586,7 +593,11 @@ func (i *Inspector) everything(ctx context.Context, pods func(context.Context) (
 	}
 	switch {
 	case len(stopped) > 0:
-		a.Failures = append(a.Failures, fmt.Sprintf("of what was seen, %d is not confirmed: %s", unconfirmed, strings.Join(stopped, "; ")))
+		are := "are"
+		if unconfirmed == 1 {
+			are = "is"
+		}
+		a.Failures = append(a.Failures, fmt.Sprintf("of what was seen, %d %s not confirmed: %s", unconfirmed, are, strings.Join(stopped, "; ")))
 	case unconfirmed > 0:
 		a.Failures = append(a.Failures, stillChanging)
 	}

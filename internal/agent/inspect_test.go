@@ -62,7 +62,7 @@ func TestInspectInPlainWords(t *testing.T) {
 			Node: "node-1", Pods: map[string]sandbox.Pod{podUID: {UID: podUID}}, Reports: []sandbox.Report{{UID: podUID}},
 			Failures: []string{`the probe "runtime" did not run: connection refused`},
 		},
-		"address-free":     {Node: "node-1", Verdict: sandbox.Released, IP: podAddress},
+		"address-free":     {Node: "node-1", Verdict: sandbox.Released, IP: podAddress, Probes: []sandbox.Probe{{Name: sandbox.ProbeRuntime}, {Name: sandbox.ProbeNetns}}},
 		"address-in-use":   {Node: "node-1", Verdict: sandbox.Bound, IP: podAddress, Holders: []Trace{holder}, Routes: []string{"rule 512 to 10.0.0.5"}},
 		"address-conflict": {Node: "node-1", Verdict: sandbox.Bound, IP: podAddress, Holders: []Trace{holder, next}},
 		"all":              {Node: "node-1", All: true, Leftovers: []Trace{left}, Shared: []SharedAddress{{podAddress, []Trace{left, next}}}},

@@ -336,6 +336,22 @@ func TestAConditionThatIsTrueIsWrittenAgainSoon(t *testing.T) {
 	}
 }
 
+// A runtime that hangs is the one thing to tell of a pod that is asked for by name, which nobody else knows.
+func TestInspectOfAPodByNameWhileTheRuntimeHangs(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		i := newInspector("node-a", lookable(t).Host, fakeRuntime(func(ctx context.Context, _ string) (podRecords, error) {
+			<-ctx.Done()
+			return podRecords{}, ctx.Err()
+		}))
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+		defer cancel()
+		a := i.byName(ctx, sandbox.Pod{Namespace: "shop", Name: "web-0"})
+		if ctx.Err() != nil || a.Verdict != sandbox.Unknown || len(a.Failures) != 1 || !strings.Contains(a.Failures[0], "could not be listed") {
+			t.Errorf("%s, failures %q (%v)", a.Verdict, a.Failures, ctx.Err())
+		}
+	})
+}
+
 // A runtime that hangs leaves time to read what else was found.
 func TestInspectOfAnAddressWhileTheRuntimeHangs(t *testing.T) {
 	path := runtimesNamespace(t)

@@ -2,6 +2,8 @@ package agent
 
 import (
 	"fmt"
+	"net/netip"
+	"slices"
 	"strings"
 	"time"
 
@@ -35,7 +37,10 @@ func (a answer) text(now time.Time) string {
 		case 1:
 			fmt.Fprintf(&b, "address %s on node %s: in use\n", a.IP, a.Node)
 		default:
-			fmt.Fprintf(&b, "address %s on node %s: in use %d times, CONFLICT\n", a.IP, a.Node, n)
+			fmt.Fprintf(&b, "address %s on node %s: in use %d times, %s\n", a.IP, a.Node, n, conflict(a.Holders, a.IP))
+		}
+		if a.Verdict == sandbox.Released {
+			writeProbes(&b, a.Probes)
 		}
 		writeTraces(&b, a.Holders, now)
 		writeRoutes(&b, a.Routes)
@@ -72,6 +77,14 @@ func (a answer) text(now time.Time) string {
 		fmt.Fprintf(&b, "what to do: %s\n", a.NextStep)
 	}
 	return strings.TrimRight(b.String(), "\n") + "\n"
+}
+
+// conflict says what it means that an address is there more than once.
+func conflict(holders []Trace, ip netip.Addr) string {
+	if slices.ContainsFunc(holders, func(t Trace) bool { return t.given(ip, true) }) {
+		return "CONFLICT"
+	}
+	return "but given to no pod: networks of their own, in pods or elsewhere, may well use the same"
 }
 
 // writeProbes says who has looked and found nothing.

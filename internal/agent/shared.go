@@ -25,6 +25,9 @@ type result[T any] struct {
 // do returns what work returns, or an error when ctx ends before, or too many runs hang.
 func (s *shared[T]) do(ctx context.Context, work func(context.Context) T) (T, error) {
 	var none T
+	if ctx.Err() != nil {
+		return none, errNoTime
+	}
 	start := time.Now()
 	s.mu.Lock()
 	r := s.next

@@ -178,7 +178,7 @@ func leftovers(traces []Trace, runtimeAnswered bool, known func(uid string) bool
 	podAddresses := map[netip.Addr]bool{}
 	for _, t := range traces {
 		for _, ip := range t.addresses {
-			podAddresses[ip] = podAddresses[ip] || t.given(ip)
+			podAddresses[ip] = podAddresses[ip] || t.given(ip, runtimeAnswered)
 		}
 	}
 	var found []Trace
@@ -208,9 +208,10 @@ func leftovers(traces []Trace, runtimeAnswered bool, known func(uid string) bool
 	return found
 }
 
-// given says whether an address was given to the pod of a trace: the runtime says so, or does not tell what was. What else is in a pod's
-// namespaces is its own affair: containers in its containers, virtual machines, whose networks are often the same in every pod.
-func (t Trace) given(ip netip.Addr) bool {
+// given says whether an address was given to the pod of a trace: the runtime says so, or has answered, and does not tell what was, as of a
+// sandbox that has ended. What else is in a pod's namespaces is its own affair: containers in its containers, virtual machines, whose networks
+// are often the same in every pod.
+func (t Trace) given(ip netip.Addr, runtimeAnswered bool) bool {
 	told := false
 	for _, s := range t.Sandboxes {
 		if slices.Contains(s.IPs, ip) {
@@ -218,7 +219,7 @@ func (t Trace) given(ip netip.Addr) bool {
 		}
 		told = told || len(s.IPs) > 0
 	}
-	return t.Pod.UID != "" && !told
+	return t.Pod.UID != "" && runtimeAnswered && !told
 }
 
 // timesInUse is in how many network namespaces the traces that have an address have it.
@@ -236,8 +237,9 @@ func timesInUse(holders []Trace, ip netip.Addr) int {
 	return n
 }
 
-// sharedAddresses returns the addresses that more than one network namespace has, if they were given to a pod.
-func sharedAddresses(traces []Trace) []SharedAddress {
+// sharedAddresses returns the addresses that more than one network namespace has, if they were given to a pod. Where the runtime has not
+// answered, nobody knows which were.
+func sharedAddresses(traces []Trace, runtimeAnswered bool) []SharedAddress {
 	holders := map[netip.Addr][]Trace{}
 	for _, t := range traces {
 		ips := slices.Clone(t.addresses)
@@ -248,7 +250,7 @@ func sharedAddresses(traces []Trace) []SharedAddress {
 	}
 	var shared []SharedAddress
 	for ip, by := range holders {
-		if timesInUse(by, ip) > 1 && slices.ContainsFunc(by, func(t Trace) bool { return t.given(ip) }) {
+		if timesInUse(by, ip) > 1 && slices.ContainsFunc(by, func(t Trace) bool { return t.given(ip, runtimeAnswered) }) {
 			shared = append(shared, SharedAddress{ip, by})
 		}
 	}

@@ -248,7 +248,7 @@ func TestSharedAddresses(t *testing.T) {
 	for _, id := range []string{"net:[20]", "net:[21]"} {
 		s.view.namespaces = append(s.view.namespaces, netNamespace{id: id, addresses: []assignment{{netip.MustParseAddr("172.17.0.2"), "eth0"}}})
 	}
-	got := sharedAddresses(s.traces())
+	got := sharedAddresses(s.traces(), true)
 	if len(got) != 1 || got[0].IP != podAddress || len(got[0].Holders) != 2 || got[0].Holders[0].Pod.UID != otherUID || got[0].Holders[1].Pod.UID != podUID {
 		t.Errorf("got %+v", got)
 	}
@@ -279,11 +279,19 @@ func TestAddressesThatPodsWereGiven(t *testing.T) {
 				}
 			}
 			told := map[netip.Addr]int{}
-			for _, shared := range sharedAddresses(s.traces()) {
+			for _, shared := range sharedAddresses(s.traces(), true) {
 				told[shared.IP] = timesInUse(shared.Holders, shared.IP)
 			}
 			if told[podAddress] != test.times || (told[inner] > 0) != test.innerShared {
 				t.Errorf("got %v", told)
+			}
+			text := answer{IP: inner, Holders: s.traces()}.text(noon)
+			if test.inner[0] && strings.Contains(text, "CONFLICT") != test.innerShared {
+				t.Errorf("asked for %s, it is told as %s", inner, text)
+			}
+			s.records = podRecords{}
+			if shared := sharedAddresses(s.traces(), false); len(shared) > 0 {
+				t.Errorf("without an answer of the runtime, %+v are told of", shared)
 			}
 		})
 	}
@@ -295,7 +303,7 @@ func TestAnAddressTwiceInOnePod(t *testing.T) {
 	s.records.sandboxes[1].pod = s.records.sandboxes[0].pod
 	s.members[podUID] = []int{10, 11, 20, 21}
 	delete(s.members, otherUID)
-	got := sharedAddresses(s.traces())
+	got := sharedAddresses(s.traces(), true)
 	if len(got) != 1 || got[0].IP != podAddress || len(got[0].Holders) != 1 || timesInUse(got[0].Holders, podAddress) != 2 {
 		t.Errorf("got %+v", got)
 	}
