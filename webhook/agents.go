@@ -108,7 +108,8 @@ func (a *agents) await(ctx context.Context, address string, query sandbox.Query,
 		return a.ask(ctx, address, query)
 	}
 	defer free()
-	ctx, cancel = context.WithTimeout(ctx, wait+a.timeout)
+	// It looks last when it has waited.
+	ctx, cancel = context.WithTimeout(ctx, wait+a.timeout+answerMargin)
 	defer cancel()
 	return a.post(ctx, address, query, url.Values{"timeout": {(a.timeout - answerMargin).String()}, "wait": {wait.String()}})
 }
