@@ -122,8 +122,11 @@ func advice(r *removal, d decision) []string {
 
 // lookingAt says what to look at where nobody can tell.
 func lookingAt(node string, report sandbox.Report) string {
-	if slices.ContainsFunc(report.Probes, func(p sandbox.Probe) bool { return p.Name == sandbox.ProbeRuntime && p.Error != "" }) {
-		return fmt.Sprintf("The agent of node %s answers, but the container runtime there does not give it what it asks: look at that, which can be started again while pods run; then try again.", node)
+	silent := func(p sandbox.Probe) bool {
+		return p.Name == sandbox.ProbeRuntime && (strings.Contains(p.Error, "no answer") || strings.Contains(p.Error, "connection refused"))
+	}
+	if len(report.Failures()) == 1 && slices.ContainsFunc(report.Probes, silent) {
+		return fmt.Sprintf("The agent of node %s answers, but the container runtime there does not: look at that, which can be started again while pods run; then try again.", node)
 	}
 	return fmt.Sprintf("Look at the agent: `kubectl get pods -A -l app.kubernetes.io/name=eni-guard,app.kubernetes.io/component=agent "+
 		"--field-selector spec.nodeName=%s`; then try again.", node)
@@ -161,7 +164,7 @@ func ending(r *removal, findings []sandbox.Finding) []string {
 
 // foreignFinalizers says what else keeps a pod when it is being deleted; empty when nothing does.
 func foreignFinalizers(pod *corev1.Pod) string {
-	others := slices.DeleteFunc(slices.Clone(pod.Finalizers), func(name string) bool { return name == Finalizer })
+	others := othersFinalizers(pod)
 	switch len(others) {
 	case 0:
 		return ""
@@ -170,6 +173,10 @@ func foreignFinalizers(pod *corev1.Pod) string {
 	default:
 		return ", and the finalizers " + strings.Join(others, ", ") + ", which are not eni-guard's, have been taken from it"
 	}
+}
+
+func othersFinalizers(pod *corev1.Pod) []string {
+	return slices.DeleteFunc(slices.Clone(pod.Finalizers), func(name string) bool { return name == Finalizer })
 }
 
 // overriding says how to remove the pod all the same, or why the override that it has does not count and what to run then.
@@ -200,7 +207,11 @@ func overridesNot(d decision) string {
 func warning(r *removal, d decision) string {
 	switch d.outcome {
 	case Held:
-		return overridesNot(d) + "held until its node has let go of it" + foreignFinalizers(r.pod) + ": " + finding(r.pod, d)
+		text := overridesNot(d) + "held until its node has let go of it: " + finding(r.pod, d)
+		if others := othersFinalizers(r.pod); len(others) > 0 {
+			text += " Also kept by " + strings.Join(others, ", ") + "."
+		}
+		return text
 	case Audited:
 		return overridesNot(d) + "eni-guard would refuse this, but only records it: " + finding(r.pod, d)
 	case Overridden:

@@ -45,6 +45,14 @@ func TestMessages(t *testing.T) {
 		IP: netip.MustParseAddr("10.1.2.3"), Netns: "/run/netns/cni-2", Pod: sandbox.Pod{Namespace: "shop", Name: "payment-0", UID: "11111111-2222-3333-4444-555555555555"},
 	}}
 	with := func(s situation, change func(*situation)) situation { change(&s); return s }
+	// failing is a report of which the first probes have failed.
+	failing := func(errs ...string) sandbox.Report {
+		report := allProbes()
+		for n, err := range errs {
+			report.Probes[n].Error = err
+		}
+		return report
+	}
 	expired := override{reason: "node lost", flaw: flawUntil, refused: "it has expired: the annotation eni-guard.io/allow-force-delete-until is 2026-11-24T01:00:00Z, and it is 2026-11-24T03:00:00Z"}
 	right := override{reason: "node lost", flaw: flawRight, refused: `user alice does not have the right "override" on forcedeletes.eni-guard.io in namespace shop`}
 	for name, test := range map[string]struct {
@@ -83,6 +91,8 @@ func TestMessages(t *testing.T) {
 		"unknown-called-finished":         {PathDelete, runningPod(phase(corev1.PodFailed)), denying(unknown)},
 		"unknown-ignore-label":            {PathIgnoreLabel, runningPod(), denying(unknown)},
 		"unknown-finalizer":               {PathFinalizer, runningPod(terminating(new(int64(0)))), denying(unknown)},
+		"probe-damaged":                   {PathDelete, runningPod(), denying(evidence{report: failing("sandbox 4f5e6d7c8b9a0: its record is damaged")})},
+		"probes-failed":                   {PathDelete, runningPod(), denying(evidence{report: failing("no answer after 3s", "no answer after 3s")})},
 		"probe-failed":                    {PathDelete, runningPod(), denying(evidence{report: failedProbe()})},
 		"held":                            {PathDelete, runningPod(), with(denying(bound), func(s *situation) { s.mode, s.holdable = ModeHold, true })},
 		"held-with-finalizer":             {PathDelete, runningPod(keptBy("example.com/backup")), with(denying(bound), func(s *situation) { s.mode, s.holdable = ModeHold, true })},

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"slices"
 	"strings"
 	"time"
@@ -53,7 +54,7 @@ that agents write no more conditions, and frees those pods that were held in bet
 			}
 			config, err := ctrl.GetConfig()
 			if clientcmd.IsEmptyConfig(err) {
-				return errors.New("there is no kubeconfig: name one by the environment variable KUBECONFIG")
+				return fmt.Errorf("there is no kubeconfig: name one by the environment variable KUBECONFIG, which is %q", os.Getenv("KUBECONFIG"))
 			}
 			if err != nil {
 				return fmt.Errorf("finding the API server: %w", err)
