@@ -313,6 +313,15 @@ func TestTheAgentHasNoAppArmorProfile(t *testing.T) {
 	}
 }
 
+// Whoever has a profile made for the agent names it as one names annotations.
+func TestAnAppArmorProfileOfTheUser(t *testing.T) {
+	text := "agent: {podAnnotations: {container.apparmor.security.beta.kubernetes.io/agent: localhost/eni-guard}}"
+	agent := objects(t, cluster{version: "1.29.15"}, values(t, text))["DaemonSet eni-guard-agent"]
+	if got := field[string](t, agent, "spec", "template", "metadata", "annotations", "container.apparmor.security.beta.kubernetes.io/agent"); got != "localhost/eni-guard" {
+		t.Errorf("it has the profile %s", got)
+	}
+}
+
 // Calls that are under way when the guard is switched off may hold pods for as long as API servers wait for them.
 func TestTheUninstallWaitsForCalls(t *testing.T) {
 	job := objects(t, cluster{version: newest}, values(t, "webhook: {timeoutSeconds: 25}"))["Job eni-guard-free-held"]
