@@ -547,7 +547,7 @@ func (i *Inspector) glance(ctx context.Context, pods func(context.Context) (know
 	asking, cancel := part(ctx, 1, 2)
 	defer cancel()
 	known, from, err := pods(asking)
-	g.comparedBy, g.notCompared, g.shared = from, text(err), sharedAddresses(traces, g.runtimeAnswered())
+	g.comparedBy, g.notCompared, g.shared = from, text(err), sharedAddresses(traces)
 	if err != nil {
 		g.left = leftovers(traces, g.runtimeAnswered(), nil)
 		return g

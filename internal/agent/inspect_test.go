@@ -44,6 +44,7 @@ func TestInspectInPlainWords(t *testing.T) {
 		Pod:       sandbox.Pod{Namespace: "shop", Name: "web-0", UID: otherUID},
 		Findings:  []sandbox.Finding{{Kind: sandbox.SandboxReady, Sandbox: "fedcba"}, {Kind: sandbox.IPAssigned, Netns: "/run/netns/cni-2", IP: podAddress, Interface: "eth0"}},
 		Sandboxes: []sandbox.Sandbox{{ID: "fedcba", Ready: true, Netns: "/run/netns/cni-2", IPs: []netip.Addr{podAddress}}},
+		given:     []netip.Addr{podAddress},
 	}
 	for name, a := range map[string]answer{
 		"pod-bound": {
@@ -398,7 +399,7 @@ func TestEverythingThatIsThereTwice(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			h := lookable(t, test.looks[0]...)
 			i := newInspector("node-a", h.Host, fakeRuntime(func(context.Context, string) (podRecords, error) {
-				return podRecords{sandboxes: []podSandbox{{id: "s1", pod: pod, details: details{netnsPath: pods}}, {id: "s2", pod: twin, details: details{netnsPath: twins}}}}, nil
+				return podRecords{sandboxes: []podSandbox{{id: "s1", pod: pod, details: details{netnsPath: pods, ips: []netip.Addr{testAddress}}}, {id: "s2", pod: twin, details: details{netnsPath: twins}}}}, nil
 			}))
 			ctx, cancel := context.WithTimeout(t.Context(), maxTimeout)
 			defer cancel()

@@ -81,10 +81,10 @@ func (a answer) text(now time.Time) string {
 
 // conflict says what it means that an address is there more than once.
 func conflict(holders []Trace, ip netip.Addr) string {
-	if slices.ContainsFunc(holders, func(t Trace) bool { return t.given(ip, true) }) {
+	if slices.ContainsFunc(holders, func(t Trace) bool { return slices.Contains(t.given, ip) }) {
 		return "CONFLICT"
 	}
-	return "but given to no pod: networks of their own, in pods or elsewhere, may well use the same"
+	return "but given to no pod that is known: networks of their own, in pods or elsewhere, may well use the same"
 }
 
 // writeProbes says who has looked and found nothing.

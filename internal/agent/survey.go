@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net/netip"
+	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -34,8 +35,8 @@ type Trace struct {
 	Leftover  string            `json:"leftover,omitempty"`
 	Findings  []sandbox.Finding `json:"findings"`
 	Sandboxes []sandbox.Sandbox `json:"sandboxes,omitempty"`
-	// addresses are those in its namespaces.
-	addresses []netip.Addr
+	// addresses are those in its namespaces, and given those of them that a pod was given.
+	addresses, given []netip.Addr
 	// key tells the trace from others for as long as it lasts.
 	key string
 	// static says that it is of a static pod.
@@ -81,6 +82,10 @@ func (i *Inspector) survey(ctx context.Context) survey {
 	return s
 }
 
+// podDevice matches the names of devices that CNI plugins make in pods: eth0 is the name that runtimes ask for, and further ones are called so
+// by Terway, or net1 by Multus.
+var podDevice = regexp.MustCompile(`^(eth|net)[0-9]+$`)
+
 // traces puts together what was seen of each pod that has a network namespace of its own, and of each namespace that is
 // nobody's. A pod on the host's network has no address to lose, and is left out.
 func (s survey) traces() []Trace {
@@ -91,6 +96,7 @@ func (s survey) traces() []Trace {
 		}
 		return byUID[pod.UID]
 	}
+	ips := map[string][]netip.Addr{}   // that the runtime tells, by UID
 	owners := map[string]sandbox.Pod{} // by path of the namespace
 	sandboxOf := map[string]string{}
 	recorded := map[string]bool{} // by UID
@@ -100,6 +106,7 @@ func (s survey) traces() []Trace {
 			continue
 		}
 		owners[r.netnsPath], sandboxOf[r.netnsPath] = r.pod, r.id
+		ips[r.pod.UID] = append(ips[r.pod.UID], r.ips...)
 		t := of(r.pod)
 		t.static = t.static || r.static
 		t.Sandboxes = append(t.Sandboxes, record(r))
@@ -146,6 +153,11 @@ func (s survey) traces() []Trace {
 		t.Findings = append(t.Findings, sandbox.Finding{Kind: sandbox.NetnsOpen, Sandbox: id, Netns: n.name()})
 		for _, a := range n.addresses {
 			t.addresses = append(t.addresses, a.ip)
+			// A pod's other devices, docker0 say, and other namespaces that only its processes are in, are networks of its own, of containers
+			// in its containers: often with the same addresses in every pod.
+			if (id != "" || n.madeByARuntime()) && podDevice.MatchString(a.device) || slices.Contains(ips[pod.UID], a.ip) {
+				t.given = append(t.given, a.ip)
+			}
 			t.places = append(t.places, place{n.id, a.ip})
 			t.Findings = append(t.Findings, sandbox.Finding{Kind: sandbox.IPAssigned, Sandbox: id, Netns: n.name(), IP: a.ip, Interface: a.device})
 		}
@@ -178,7 +190,7 @@ func leftovers(traces []Trace, runtimeAnswered bool, known func(uid string) bool
 	podAddresses := map[netip.Addr]bool{}
 	for _, t := range traces {
 		for _, ip := range t.addresses {
-			podAddresses[ip] = podAddresses[ip] || t.given(ip, runtimeAnswered)
+			podAddresses[ip] = podAddresses[ip] || t.Pod.UID != "" && slices.Contains(t.given, ip)
 		}
 	}
 	var found []Trace
@@ -208,20 +220,6 @@ func leftovers(traces []Trace, runtimeAnswered bool, known func(uid string) bool
 	return found
 }
 
-// given says whether an address was given to the pod of a trace: the runtime says so, or has answered, and does not tell what was, as of a
-// sandbox that has ended. What else is in a pod's namespaces is its own affair: containers in its containers, virtual machines, whose networks
-// are often the same in every pod.
-func (t Trace) given(ip netip.Addr, runtimeAnswered bool) bool {
-	told := false
-	for _, s := range t.Sandboxes {
-		if slices.Contains(s.IPs, ip) {
-			return true
-		}
-		told = told || len(s.IPs) > 0
-	}
-	return t.Pod.UID != "" && runtimeAnswered && !told
-}
-
 // timesInUse is in how many network namespaces the traces that have an address have it.
 func timesInUse(holders []Trace, ip netip.Addr) int {
 	n := 0
@@ -237,9 +235,8 @@ func timesInUse(holders []Trace, ip netip.Addr) int {
 	return n
 }
 
-// sharedAddresses returns the addresses that more than one network namespace has, if they were given to a pod. Where the runtime has not
-// answered, nobody knows which were.
-func sharedAddresses(traces []Trace, runtimeAnswered bool) []SharedAddress {
+// sharedAddresses returns the addresses that more than one network namespace has, if they were given to a pod.
+func sharedAddresses(traces []Trace) []SharedAddress {
 	holders := map[netip.Addr][]Trace{}
 	for _, t := range traces {
 		ips := slices.Clone(t.addresses)
@@ -250,7 +247,7 @@ func sharedAddresses(traces []Trace, runtimeAnswered bool) []SharedAddress {
 	}
 	var shared []SharedAddress
 	for ip, by := range holders {
-		if timesInUse(by, ip) > 1 && slices.ContainsFunc(by, func(t Trace) bool { return t.given(ip, runtimeAnswered) }) {
+		if timesInUse(by, ip) > 1 && slices.ContainsFunc(by, func(t Trace) bool { return slices.Contains(t.given, ip) }) {
 			shared = append(shared, SharedAddress{ip, by})
 		}
 	}

@@ -248,52 +248,68 @@ func TestSharedAddresses(t *testing.T) {
 	for _, id := range []string{"net:[20]", "net:[21]"} {
 		s.view.namespaces = append(s.view.namespaces, netNamespace{id: id, addresses: []assignment{{netip.MustParseAddr("172.17.0.2"), "eth0"}}})
 	}
-	got := sharedAddresses(s.traces(), true)
+	got := sharedAddresses(s.traces())
 	if len(got) != 1 || got[0].IP != podAddress || len(got[0].Holders) != 2 || got[0].Holders[0].Pod.UID != otherUID || got[0].Holders[1].Pod.UID != podUID {
 		t.Errorf("got %+v", got)
 	}
 }
 
-// Which addresses count as a pod's: those that it was given, not those of networks within it.
+// Which addresses count as a pod's: those on the devices of its sandbox, and those that the runtime tells; not those of networks within it.
 func TestAddressesThatPodsWereGiven(t *testing.T) {
-	inner, other := netip.MustParseAddr("172.17.0.1"), netip.MustParseAddr("10.0.0.6")
+	ip := netip.MustParseAddr("172.17.0.1")
+	both := func(device string) func(s *survey) {
+		return func(s *survey) {
+			for n := range s.view.namespaces[:2] {
+				s.view.namespaces[n].addresses = append(s.view.namespaces[n].addresses, assignment{ip, device})
+			}
+		}
+	}
 	for _, test := range []struct {
-		name        string
-		given       [2][]netip.Addr // to the pod that lives, and to the one of which something is left, as the runtime tells
-		inner       [2]bool         // whose namespace has a network within it
-		times       int             // in how many namespaces podAddress is, if it is told of
-		innerShared bool
+		name   string
+		change func(s *survey)
+		given  bool
 	}{
-		{"to both the same", [2][]netip.Addr{{podAddress}, {podAddress, podIPv6}}, [2]bool{}, 2, false},
-		{"to both the same, with networks in each", [2][]netip.Addr{{podAddress}, {podAddress, podIPv6}}, [2]bool{true, true}, 2, false},
-		{"to the other one another", [2][]netip.Addr{{podAddress}, {other}}, [2]bool{true, true}, 2, false},
-		{"the runtime does not tell of the other one", [2][]netip.Addr{{podAddress}, nil}, [2]bool{true, true}, 2, true},
-		{"to neither", [2][]netip.Addr{{other}, {other}}, [2]bool{true, true}, 0, false},
-	} {
-		t.Run(test.name, func(t *testing.T) {
-			s := twoPods()
+		{"on a bridge in each", both("docker0"), false},
+		{"on a virtual machine's in each", both("k6t-eth0"), false},
+		{"on a second device in each", both("eth1"), true},
+		{"on one of Multus in each", both("net1"), true},
+		{"on loopback in each", both("lo"), false},
+		{"the same, and the runtime tells of one", func(s *survey) { both("lo")(s); s.records.sandboxes[0].ips = []netip.Addr{podAddress, ip} }, true},
+		{"on eth0 of containers in their containers", func(s *survey) {
+			s.view.namespaces = append(s.view.namespaces,
+				netNamespace{id: "net:[20]", tasks: leaders([]int{11}), addresses: []assignment{{ip, "eth0"}}},
+				netNamespace{id: "net:[21]", tasks: leaders([]int{20}), addresses: []assignment{{ip, "eth0"}}})
+		}, false},
+		{"on eth0 of namespaces that a runtime made and are nobody's", func(s *survey) {
 			for n := range 2 {
-				s.records.sandboxes[n].ips = test.given[n]
-				if test.inner[n] {
-					s.view.namespaces[n].addresses = append(s.view.namespaces[n].addresses, assignment{inner, "docker0"})
-				}
+				s.view.namespaces = append(s.view.namespaces, netNamespace{
+					id: fmt.Sprintf("net:[%d]", 30+n), paths: []string{fmt.Sprintf("/run/netns/cni-00000000-0000-0000-0000-00000000003%d", n)}, addresses: []assignment{{ip, "eth0"}},
+				})
+			}
+		}, true},
+	} {
+		for _, answered := range []bool{true, false} {
+			s := twoPods()
+			test.change(&s)
+			if !answered && len(s.records.sandboxes[0].ips) > 0 {
+				continue
+			}
+			if !answered {
+				s.records, s.probes[0].Error = podRecords{}, "no answer"
 			}
 			told := map[netip.Addr]int{}
-			for _, shared := range sharedAddresses(s.traces(), true) {
+			for _, shared := range sharedAddresses(s.traces()) {
 				told[shared.IP] = timesInUse(shared.Holders, shared.IP)
 			}
-			if told[podAddress] != test.times || (told[inner] > 0) != test.innerShared {
-				t.Errorf("got %v", told)
+			// The address of both pods is told of whoever answers.
+			if told[podAddress] != 2 || (told[ip] == 2) != test.given {
+				t.Errorf("%s, the runtime answers: %t: got %v", test.name, answered, told)
 			}
-			text := answer{IP: inner, Holders: s.traces()}.text(noon)
-			if test.inner[0] && strings.Contains(text, "CONFLICT") != test.innerShared {
-				t.Errorf("asked for %s, it is told as %s", inner, text)
+			holders := slices.DeleteFunc(s.traces(), func(t Trace) bool { return !slices.Contains(t.addresses, ip) })
+			if text := (answer{IP: ip, Holders: holders}).text(noon); strings.Contains(text, "2 times, CONFLICT") != test.given {
+				t.Errorf("%s, the runtime answers: %t: it is told as %s", test.name, answered, text)
 			}
-			s.records = podRecords{}
-			if shared := sharedAddresses(s.traces(), false); len(shared) > 0 {
-				t.Errorf("without an answer of the runtime, %+v are told of", shared)
-			}
-		})
+		}
 	}
 }
 
@@ -303,7 +319,7 @@ func TestAnAddressTwiceInOnePod(t *testing.T) {
 	s.records.sandboxes[1].pod = s.records.sandboxes[0].pod
 	s.members[podUID] = []int{10, 11, 20, 21}
 	delete(s.members, otherUID)
-	got := sharedAddresses(s.traces(), true)
+	got := sharedAddresses(s.traces())
 	if len(got) != 1 || got[0].IP != podAddress || len(got[0].Holders) != 1 || timesInUse(got[0].Holders, podAddress) != 2 {
 		t.Errorf("got %+v", got)
 	}

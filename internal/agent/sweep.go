@@ -168,7 +168,7 @@ func (s *sweeper) sweep(ctx context.Context) time.Duration {
 		}
 		due[n].Trace = described
 	}
-	s.report(ctx, now, due, sharedAddresses(traces, survey.runtimeAnswered()), survey.failures())
+	s.report(ctx, now, due, sharedAddresses(traces), survey.failures())
 	return next
 }
 
