@@ -61,7 +61,11 @@ func TestConformanceCertificates(t *testing.T) {
 	s.await(t, "certificates for everybody", func(ctx context.Context) error {
 		return errors.Join(replicas[0].Serving.Check(), replicas[0].Asking.Check(), replicas[1].Serving.Check(), replicas[1].Asking.Check(), s.everybodyTrusts(ctx))
 	})
-	<-first
+	select {
+	case <-first:
+	case made := <-collected:
+		t.Fatalf("the watch has ended after %d authorities", len(made))
+	}
 	watch.Stop()
 	if made := <-collected; len(made) != 1 {
 		t.Errorf("%d authorities were made", len(made))
