@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -95,8 +96,8 @@ func TestKilledReadersStayUntilTheEnd(t *testing.T) {
 	}
 }
 
-// killedReader returns a process that was killed while it read file, and is in state D. One whose request the server has not taken yet, or
-// that is about to open the file, just ends when it is killed: then it is another one.
+// killedReader returns a process that was killed while it read file, and is in state D. One whose request the server has not taken yet just
+// ends when it is killed: then it is another one.
 func killedReader(t *testing.T, file string, as *syscall.SysProcAttr) *exec.Cmd {
 	t.Helper()
 	for {
@@ -106,13 +107,17 @@ func killedReader(t *testing.T, file string, as *syscall.SysProcAttr) *exec.Cmd 
 			t.Fatal(err)
 		}
 		waitFor(t, "a reader to sleep in the read", func() bool {
-			return state(t, reader) == "S" && proc(t, reader, "wchan") == "request_wait_answer"
+			return state(t, reader) == "S" && proc(t, reader, "wchan") == "request_wait_answer" && reads(t, reader)
 		})
 		if err := reader.Process.Kill(); err != nil {
 			t.Fatal(err)
 		}
-		waitFor(t, "the killed reader to be in state D, or to end", func() bool { return state(t, reader) == "D" || state(t, reader) == "Z" })
-		if state(t, reader) == "D" {
+		ended := false
+		waitFor(t, "the killed reader to be in state D, or to end", func() bool {
+			ended = state(t, reader) == "Z"
+			return ended || state(t, reader) == "D" && !exits(t, reader)
+		})
+		if !ended {
 			return reader
 		}
 		if err := wait(t, reader); !killed(err) {
@@ -268,12 +273,36 @@ func killed(err error) bool {
 	return errors.As(err, &exit) && exit.Sys().(syscall.WaitStatus).Signal() == syscall.SIGKILL
 }
 
+// reads says whether the process is in a system call that reads; to open a file, and to ask for its size, are requests too, which are
+// answered.
+func reads(t *testing.T, cmd *exec.Cmd) bool {
+	t.Helper()
+	call, _, _ := strings.Cut(proc(t, cmd, "syscall"), " ") // "running", or its number first (proc_pid_syscall(5))
+	return call == strconv.Itoa(unix.SYS_READ) || call == strconv.Itoa(unix.SYS_COPY_FILE_RANGE)
+}
+
 // state returns the letter of the process in /proc/PID/stat.
 func state(t *testing.T, cmd *exec.Cmd) string {
 	t.Helper()
-	stat := proc(t, cmd, "stat")
-	after := stat[strings.LastIndex(stat, ")")+1:] // the name before it may hold anything
-	return strings.Fields(after)[0]
+	return stat(t, cmd)[0]
+}
+
+// exits says whether the process is on its way out. It closes its files then, which is a request too, and waits in state D for the answer.
+func exits(t *testing.T, cmd *exec.Cmd) bool {
+	t.Helper()
+	const exiting = 0x4 // PF_EXITING (include/linux/sched.h)
+	flags, err := strconv.ParseUint(stat(t, cmd)[6], 10, 64)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return flags&exiting != 0
+}
+
+// stat returns the fields of /proc/PID/stat from the state on.
+func stat(t *testing.T, cmd *exec.Cmd) []string {
+	t.Helper()
+	all := proc(t, cmd, "stat")
+	return strings.Fields(all[strings.LastIndex(all, ")")+1:]) // the name before it may hold anything
 }
 
 func proc(t *testing.T, cmd *exec.Cmd, file string) string {
