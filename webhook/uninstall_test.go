@@ -3,6 +3,8 @@ package webhook
 import (
 	"context"
 	"errors"
+	"io"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -192,6 +194,21 @@ pod shop/b is still held: changing pod shop/b: somebody refuses; to free it: kub
 	}
 	if err := api.Get(t.Context(), client.ObjectKey{Name: "eni-guard"}, configuration("")); err != nil {
 		t.Errorf("the webhook configuration: %v", err)
+	}
+}
+
+// Who runs it by hand, and has no kubeconfig, is told how to name one.
+func TestFreeHeldWithoutAKubeconfig(t *testing.T) {
+	missing := filepath.Join(t.TempDir(), "none")
+	t.Setenv("KUBECONFIG", missing)
+	t.Setenv("HOME", t.TempDir())
+	t.Setenv("KUBERNETES_SERVICE_HOST", "")
+	cmd := newFreeHeldCommand()
+	cmd.SetArgs([]string{})
+	cmd.SetOut(io.Discard)
+	cmd.SetErr(io.Discard)
+	if err := cmd.ExecuteContext(t.Context()); err == nil || !strings.Contains(err.Error(), "there is no kubeconfig: name one by the environment variable KUBECONFIG") || !strings.Contains(err.Error(), missing) {
+		t.Errorf("got %v", err)
 	}
 }
 

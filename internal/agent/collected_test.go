@@ -201,6 +201,8 @@ func TestNoTimeLeft(t *testing.T) {
 	query.IPs = []netip.Addr{testAddress}
 	if report := newInspector("node-a", h.Host, fakeRuntime(knowsNothing)).Inspect(over, query); report.Verdict() != sandbox.Unknown || len(report.Failures()) != len(sandbox.Required) {
 		t.Errorf("%s: %q", report.Verdict(), report.Failures())
+	} else if told := strings.Join(report.Failures(), "; "); strings.Contains(told, "no answer") {
+		t.Errorf("probes that nobody had time to ask are said to give no answer: %s", told)
 	}
 }
 
