@@ -313,6 +313,8 @@ type answer struct {
 	IP      netip.Addr `json:"ip,omitzero"`
 	Holders []Trace    `json:"holders,omitempty"`
 	Routes  []string   `json:"routes,omitempty"`
+	// Conflict says that the address was given to a pod, and several have it.
+	Conflict bool `json:"conflict,omitempty"`
 	// Probes are those that have looked for Holders; reports have their own.
 	Probes []sandbox.Probe `json:"probes,omitempty"`
 	// Leftovers and Shared answer --all.
@@ -500,6 +502,7 @@ func (i *Inspector) holdersOf(ctx context.Context, ip netip.Addr) answer {
 		}
 	}
 	a.Routes = append(a.Routes, paths.rules...)
+	a.Conflict = conflict(a.Holders, ip)
 	if a.Verdict == sandbox.Released && len(a.Failures) > 0 {
 		a.Verdict = sandbox.Unknown
 	}

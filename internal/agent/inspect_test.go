@@ -44,7 +44,6 @@ func TestInspectInPlainWords(t *testing.T) {
 		Pod:       sandbox.Pod{Namespace: "shop", Name: "web-0", UID: otherUID},
 		Findings:  []sandbox.Finding{{Kind: sandbox.SandboxReady, Sandbox: "fedcba"}, {Kind: sandbox.IPAssigned, Netns: "/run/netns/cni-2", IP: podAddress, Interface: "eth0"}},
 		Sandboxes: []sandbox.Sandbox{{ID: "fedcba", Ready: true, Netns: "/run/netns/cni-2", IPs: []netip.Addr{podAddress}}},
-		given:     []netip.Addr{podAddress},
 	}
 	for name, a := range map[string]answer{
 		"pod-bound": {
@@ -65,7 +64,8 @@ func TestInspectInPlainWords(t *testing.T) {
 		},
 		"address-free":     {Node: "node-1", Verdict: sandbox.Released, IP: podAddress, Probes: []sandbox.Probe{{Name: sandbox.ProbeRuntime}, {Name: sandbox.ProbeNetns}}},
 		"address-in-use":   {Node: "node-1", Verdict: sandbox.Bound, IP: podAddress, Holders: []Trace{holder}, Routes: []string{"rule 512 to 10.0.0.5"}},
-		"address-conflict": {Node: "node-1", Verdict: sandbox.Bound, IP: podAddress, Holders: []Trace{holder, next}},
+		"address-conflict": {Node: "node-1", Verdict: sandbox.Bound, IP: podAddress, Holders: []Trace{holder, next}, Conflict: true},
+		"address-in-pods":  {Node: "node-1", Verdict: sandbox.Bound, IP: podAddress, Holders: []Trace{holder, next}},
 		"all":              {Node: "node-1", All: true, Leftovers: []Trace{left}, Shared: []SharedAddress{{podAddress, []Trace{left, next}}}},
 		"all-nothing":      {Node: "node-1", All: true, ComparedBy: "kubeconfig /etc/kubernetes/kubelet.conf"},
 		"all-not-compared": {

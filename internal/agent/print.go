@@ -2,8 +2,6 @@ package agent
 
 import (
 	"fmt"
-	"net/netip"
-	"slices"
 	"strings"
 	"time"
 
@@ -37,7 +35,11 @@ func (a answer) text(now time.Time) string {
 		case 1:
 			fmt.Fprintf(&b, "address %s on node %s: in use\n", a.IP, a.Node)
 		default:
-			fmt.Fprintf(&b, "address %s on node %s: in use %d times, %s\n", a.IP, a.Node, n, conflict(a.Holders, a.IP))
+			meaning := "but given to no pod that is known: networks of their own, in pods or elsewhere, may well use the same"
+			if a.Conflict {
+				meaning = "CONFLICT"
+			}
+			fmt.Fprintf(&b, "address %s on node %s: in use %d times, %s\n", a.IP, a.Node, n, meaning)
 		}
 		if a.Verdict == sandbox.Released {
 			writeProbes(&b, a.Probes)
@@ -77,14 +79,6 @@ func (a answer) text(now time.Time) string {
 		fmt.Fprintf(&b, "what to do: %s\n", a.NextStep)
 	}
 	return strings.TrimRight(b.String(), "\n") + "\n"
-}
-
-// conflict says what it means that an address is there more than once.
-func conflict(holders []Trace, ip netip.Addr) string {
-	if slices.ContainsFunc(holders, func(t Trace) bool { return slices.Contains(t.given, ip) }) {
-		return "CONFLICT"
-	}
-	return "but given to no pod that is known: networks of their own, in pods or elsewhere, may well use the same"
 }
 
 // writeProbes says who has looked and found nothing.

@@ -235,6 +235,11 @@ func timesInUse(holders []Trace, ip netip.Addr) int {
 	return n
 }
 
+// conflict says whether several network namespaces have an address that was given to a pod, by the traces that have it.
+func conflict(holders []Trace, ip netip.Addr) bool {
+	return timesInUse(holders, ip) > 1 && slices.ContainsFunc(holders, func(t Trace) bool { return slices.Contains(t.given, ip) })
+}
+
 // sharedAddresses returns the addresses that more than one network namespace has, if they were given to a pod.
 func sharedAddresses(traces []Trace) []SharedAddress {
 	holders := map[netip.Addr][]Trace{}
@@ -247,7 +252,7 @@ func sharedAddresses(traces []Trace) []SharedAddress {
 	}
 	var shared []SharedAddress
 	for ip, by := range holders {
-		if timesInUse(by, ip) > 1 && slices.ContainsFunc(by, func(t Trace) bool { return slices.Contains(t.given, ip) }) {
+		if conflict(by, ip) {
 			shared = append(shared, SharedAddress{ip, by})
 		}
 	}

@@ -33,6 +33,7 @@ type inspection struct {
 	Verdict   string
 	Reports   []trace
 	Holders   []trace
+	Conflict  bool
 	Leftovers []trace
 	Shared    []struct {
 		IP      string
@@ -475,7 +476,7 @@ func TestAnAddressThatIsThereTwice(t *testing.T) {
 	if found.status != 1 {
 		t.Errorf("exit status %d", found.status)
 	}
-	if found := inspect(t, "--ip="+pod.Status.PodIP); found.status != 1 || len(found.Holders) != 2 {
+	if found := inspect(t, "--ip="+pod.Status.PodIP); found.status != 1 || len(found.Holders) != 2 || !found.Conflict {
 		t.Errorf("got %+v", found)
 	}
 	awaitNodeEvent(t, incident.Node, "AddressConflict", pod.Status.PodIP)
@@ -504,8 +505,8 @@ func TestAnAddressThatIsThereTwice(t *testing.T) {
 	const inner = "172.31.99.1"
 	addedTo(t, pod, inner)
 	addedTo(t, next, inner)
-	if holders := inspect(t, "--ip="+inner).Holders; len(holders) != 2 {
-		t.Errorf("the pods do not both have %s: %+v", inner, holders)
+	if found := inspect(t, "--ip="+inner); len(found.Holders) != 2 || found.Conflict {
+		t.Errorf("got %+v", found)
 	}
 	awaitInspection(t, "all addresses to be found once", func() inspection { return inspect(t, "--all") }, func(found inspection) bool {
 		return len(found.Shared) == 0 && len(found.Failures) == 0
